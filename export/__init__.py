@@ -1,0 +1,139 @@
+"""PyTorch checkpoints to proven ONNX bundles; installed as ``medner.export``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from medner import bundle as bundles
+from medner.errors import CheckFailed, MissingPackage, OutputError, UsageError
+
+#: Precisions that can be exported.
+PRECISIONS = ("fp32", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What is exported where.
+
+    precisions: the variants to write. parity_data: labelled documents or plain notes. window: tokens, or None to choose
+    the window on the labelled documents. split: of a data set that has splits. name: the bundle's; None takes the
+    directory's. licence: of the weights, for the record.
+    """
+
+    checkpoint: Path
+    output: Path
+    parity_data: str
+    precisions: tuple[str, ...] = PRECISIONS
+    window: int | None = None
+    split: str = "devel"
+    name: str | None = None
+    licence: str | None = None
+    overwrite: bool = False
+
+
+def export(options: ExportOptions) -> str:
+    """Export a checkpoint, hold every variant against PyTorch, write the bundle, and return the gate's summary.
+
+    A variant that fails the gate is not written, and the call raises :class:`CheckFailed` after the others were; if
+    fp32 fails, nothing is written. Raises :class:`ModelError`, :class:`InputError`, :class:`OutputError`.
+    """
+    _check(options)
+    try:
+        from medner.export import convert, optimize, verify
+    except ImportError as exc:
+        raise MissingPackage('exporting needs: pip install "medner[export]"') from exc
+
+    checkpoint = bundles.load_checkpoint(options.checkpoint, options.window)
+    data = verify.read_parity_data(options.parity_data, options.split)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.output.parent, prefix=".medner-") as scratch:
+        target = Path(scratch) / "bundle"
+        graphs = {precision: target / bundles.VARIANT_FILES[precision] for precision in ("fp32", *options.precisions)}
+        convert.to_onnx(options.checkpoint, graphs["fp32"])
+        tried: dict[int, float] = {}
+        if options.window is None:
+            window, tried = verify.choose_window(checkpoint, verify.Session(graphs["fp32"], "cpu"), data)
+            checkpoint = bundles.resized(checkpoint, window)
+        gate = verify.Gate(checkpoint, options.checkpoint, data)
+        gate.report.windows_tried = tried
+        if not gate.check("fp32", graphs["fp32"]).passed:
+            raise verify.failure("fp32", gate.report)
+        failed: list[CheckFailed] = []
+        if "int8" in graphs:
+            optimize.to_int8(graphs["fp32"], graphs["int8"])
+            if not gate.check("int8", graphs["int8"]).passed:
+                failed.append(verify.failure("int8", gate.report))
+                graphs["int8"].unlink()
+        if "fp32" not in options.precisions:
+            for file in graphs["fp32"].parent.glob("model.onnx*"):
+                file.unlink()
+        _complete(target, options, checkpoint, gate.report.as_dict())
+        if options.output.exists():
+            shutil.rmtree(options.output)
+        target.rename(options.output)
+    if failed:
+        raise failed[0]
+    return verify.summary(gate.report)
+
+
+def _check(options: ExportOptions) -> None:
+    unknown = set(options.precisions) - set(PRECISIONS)
+    if unknown or not options.precisions:
+        raise UsageError(f"--precision {', '.join(sorted(unknown)) or 'none'}: use {' or '.join(PRECISIONS)}")
+    output = options.output
+    if output.exists():
+        if not (output / bundles.MANIFEST).is_file():
+            raise OutputError(f"{output}: exists and is no bundle; choose another -o")
+        if not options.overwrite:
+            raise OutputError(f"{output}: holds a bundle; choose another -o, or pass --overwrite")
+
+
+def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, parity: Mapping[str, Any]) -> None:
+    """Add tokenizer, settings, card and ``medner.json`` to the graphs."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (options.checkpoint / name).is_file():
+            shutil.copyfile(options.checkpoint / name, target / name)
+    name = options.name or options.output.name
+    training = options.checkpoint / "metrics.json"
+    card: dict[str, Any] = {
+        "licence": options.licence,
+        "parity": parity,
+        "training": json.loads(training.read_text(encoding="utf-8")) if training.is_file() else None,
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+    (target / "README.md").write_text(_model_card(name, checkpoint, card), encoding="utf-8")
+    bundles.write_manifest(target, name=name, labels=checkpoint.labels, window=checkpoint.window, card=card)
+
+
+_PACKAGES = ("medner", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
+
+
+def _model_card(name: str, checkpoint: bundles.Bundle, card: Mapping[str, Any]) -> str:
+    """A card with the facts that are known at export; its author adds use and limits."""
+    parity = card["parity"]
+    lines = [
+        f"# {name}",
+        "",
+        f"A token classifier for {', '.join(sorted({label[2:] for label in checkpoint.labels if label != 'O'}))}, "
+        "exported by medner.",
+        "",
+        f"- Licence: {card['licence'] or 'not stated'}",
+        f"- Labels: {', '.join(checkpoint.labels)}",
+        f"- Window: {checkpoint.window} tokens",
+        "",
+        f"## Parity with PyTorch, on {parity['data']} ({parity['documents']} documents)",
+        "",
+        "| variant | spans | equal to PyTorch's | F1 | PyTorch's F1 |",
+        "|---|---|---|---|---|",
+    ]
+    for precision, result in parity["variants"].items():
+        scores = [f"{value:.4f}" if value is not None else "-" for value in (result["f1"], result["reference_f1"])]
+        lines.append(f"| {precision} | {result['spans']} | {result['agreement']:.2%} | {' | '.join(scores)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,212 @@
+"""The parity gate: what an exported graph finds is compared with what the trained model finds, on real text."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medner import bundle as bundles
+from medner import datasets, evaluate, score, sources
+from medner.annotate import Annotator, Ints, Model, Options
+from medner.compare import TorchModel
+from medner.datasets import Document
+from medner.errors import CheckFailed, InputError, ModelError
+from medner.runtime import Session
+
+#: Two logits of a word that lie closer than this may change places between PyTorch and ONNX.
+TIE = 1e-3
+#: What a reduced precision may lose: F1 (absolute) on labelled text, or else the share of spans equal to fp32's.
+MAX_F1_LOSS = 0.002
+MIN_AGREEMENT = 0.98
+
+#: Windows that ``--window auto`` tries, in tokens.
+WINDOWS = (64, 96, 128, 192, 256, 384, 512)
+#: Of the windows that score within this F1 of the best, the longest is taken: it cuts the fewest sentences.
+WINDOW_TOLERANCE = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class ParityData:
+    """Real text for the gate. labelled: whether the documents' spans are known."""
+
+    name: str
+    documents: list[Document]
+    labelled: bool
+
+
+@dataclass(slots=True)
+class LogitParity:
+    """PyTorch and fp32 ONNX on the same windows, token by token.
+
+    ties: tokens whose tags differ and whose two highest logits lie within :data:`TIE`; differences: tokens whose tags
+    differ without that excuse; max_difference: the largest absolute difference of two logits.
+    """
+
+    tokens: int = 0
+    ties: int = 0
+    differences: int = 0
+    max_difference: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class VariantParity:
+    """A variant against PyTorch: spans found, share of spans equal, and F1 of both where labels are known."""
+
+    spans: int
+    agreement: float
+    f1: float | None = None
+    reference_f1: float | None = None
+    passed: bool = False
+
+
+@dataclass(slots=True)
+class Report:
+    """What the gate saw; it goes into the bundle."""
+
+    data: str
+    documents: int
+    window: int
+    windows_tried: dict[int, float] = field(default_factory=dict)
+    logits: LogitParity = field(default_factory=LogitParity)
+    variants: dict[str, VariantParity] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def read_parity_data(path: str, split: str = "devel") -> ParityData:
+    """Labelled documents where the file holds labels, else plain notes in any form that ``annotate`` reads."""
+    try:
+        return ParityData(Path(path).name, datasets.load(path, split), True)
+    except InputError as labelled:
+        if not Path(path).is_file() or not path.endswith((".jsonl", ".csv", ".parquet", ".gz", ".zst", ".bz2")):
+            raise
+        try:
+            reader = sources.Reader(sources.discover([path]).files, sources.ReadOptions())
+            notes = [text for batch in reader.batches() for text in batch.column("text").to_pylist() if text]
+        except InputError:
+            raise labelled from None
+    if not notes:
+        raise InputError(f"{path}: holds no notes; the parity gate needs real text")
+    return ParityData(Path(path).name, [Document(str(i), text, ()) for i, text in enumerate(notes)], False)
+
+
+def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tuple[int, dict[int, float]]:
+    """The window with which a model scores best on labelled documents, and the F1 of each window tried.
+
+    Sentences do not tell windows apart, so the documents should be whole texts. Raises :class:`InputError` where the
+    data is not labelled.
+    """
+    if not data.labelled:
+        raise InputError(f"--window auto needs labelled documents; {data.name} holds none: pass --window N")
+    tried: dict[int, float] = {}
+    for window in WINDOWS:
+        try:
+            sized = bundles.resized(bundle, window)
+        except ModelError:
+            continue
+        annotator = Annotator(sized, model, Options(window=window), precision="fp32")
+        tried[window] = evaluate.evaluate(annotator, data.documents).overall.f1
+    best = max(tried.values())
+    return max(window for window, f1 in tried.items() if f1 >= best - WINDOW_TOLERANCE), tried
+
+
+class Gate:
+    """PyTorch's own spans on the parity data, against which every variant is held."""
+
+    def __init__(self, bundle: bundles.Bundle, checkpoint: Path, data: ParityData) -> None:
+        """Bundle: the checkpoint's labels, tokenizer and the window that all variants get."""
+        self._bundle = bundle
+        self._torch = TorchModel(checkpoint)
+        self._data = data
+        self.report = Report(data.name, len(data.documents), bundle.window)
+        self._reference: evaluate.Found | None = None
+
+    def check(self, precision: str, graph: Path) -> VariantParity:
+        """Hold one variant against PyTorch; the report keeps the result. fp32 comes first."""
+        session = Session(graph, "cpu")
+        if self._reference is None:
+            paired = _Paired(self._torch, session, self.report.logits)
+            self._reference = self._found(paired, "fp32")
+        found = self._found(session, precision)
+        agreement = score.agreement(_keys(found), _keys(self._reference))
+        f1 = reference_f1 = None
+        if self._data.labelled:
+            f1, reference_f1 = self._f1(found), self._f1(self._reference)
+        if precision == "fp32":
+            logits = self.report.logits
+            passed = logits.differences == 0 and (agreement == 1.0 or logits.ties > 0)
+        else:
+            kept_f1 = f1 is not None and reference_f1 is not None and reference_f1 - f1 <= MAX_F1_LOSS
+            passed = kept_f1 or agreement >= MIN_AGREEMENT
+        result = VariantParity(sum(map(len, found)), agreement, f1, reference_f1, passed)
+        self.report.variants[precision] = result
+        return result
+
+    def _annotator(self, model: Model, precision: str) -> Annotator:
+        # Without reuse, every window goes through both models.
+        return Annotator(self._bundle, model, Options(reuse=False), precision=precision)
+
+    def _found(self, model: Model, precision: str) -> evaluate.Found:
+        return evaluate.find(self._annotator(model, precision), self._data.documents)
+
+    def _f1(self, found: evaluate.Found) -> float:
+        documents = evaluate.fit_labels(self._annotator(self._torch, "fp32"), self._data.documents)
+        return score.evaluate(documents, found).overall.f1
+
+
+class _Paired:
+    """Runs two models on each batch, answers with the first one's logits and keeps count of the differences."""
+
+    def __init__(self, first: Model, second: Model, parity: LogitParity) -> None:
+        self._first, self._second, self._parity = first, second, parity
+        self._lock = threading.Lock()
+
+    def __call__(self, ids: Ints, lengths: Ints) -> npt.NDArray[np.float32]:
+        logits, other = self._first(ids, lengths), self._second(ids, lengths)
+        real = np.arange(ids.shape[1]) < lengths[:, None]
+        differ = (logits.argmax(-1) != other.argmax(-1)) & real
+        highest = np.sort(logits, axis=-1)[..., -2:]
+        tie = highest[..., 1] - highest[..., 0] <= TIE
+        with self._lock:
+            self._parity.tokens += int(real.sum())
+            self._parity.ties += int((differ & tie).sum())
+            self._parity.differences += int((differ & ~tie).sum())
+            largest = float(np.abs(logits - other)[real].max())
+            self._parity.max_difference = max(self._parity.max_difference, largest)
+        return logits
+
+
+def _keys(found: evaluate.Found) -> list[tuple[int, int, int, str]]:
+    return [(number, *span) for number, spans in enumerate(found) for span in spans]
+
+
+def failure(precision: str, report: Report) -> CheckFailed:
+    """The error for a variant that failed, with its figures."""
+    result, logits = report.variants[precision], report.logits
+    if precision == "fp32":
+        said = f"{logits.differences} of {logits.tokens} tokens have another tag than PyTorch gives"
+    else:
+        said = f"{result.agreement:.2%} of spans equal PyTorch's"
+        if result.f1 is not None and result.reference_f1 is not None:
+            said += f", F1 {result.f1:.4f} against {result.reference_f1:.4f}"
+    return CheckFailed(f"parity gate: the {precision} variant failed on {report.data} and was not written: {said}")
+
+
+def summary(report: Report) -> str:
+    """The report for a person, a line for each variant."""
+    logits = report.logits
+    lines = [
+        f"parity on {report.data}: {report.documents} documents, window {report.window}; logits differ by at most "
+        f"{logits.max_difference:.1e}, {logits.ties} ties, {logits.differences} differences in {logits.tokens} tokens"
+    ]
+    for precision, result in report.variants.items():
+        scores = "" if result.f1 is None else f", F1 {result.f1:.4f} (PyTorch {result.reference_f1:.4f})"
+        lines.append(f"{precision}: {result.spans} spans, {result.agreement:.2%} equal{scores}")
+    return "\n".join(lines)

@@ -1,0 +1,453 @@
+"""The heart: a stream of record batches in, the same batches with spans out.
+
+Local runs and any distributed engine call :class:`Annotator` and nothing else. What it does with a note depends on the
+note and the model alone: windows are cut from the note, padded to a length of their own, and a batch only ever holds
+windows of one padded length, computed on one thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from medner import bundle as bundles
+from medner import decode, schema, windows
+from medner.errors import InputError, ModelError
+from medner.runtime import Session, available_cpus, resolve_device
+
+Ints = npt.NDArray[np.int64]
+
+#: Arrays in, arrays out: ids int64 [n, length], lengths int64 [n] -> logits float32 [n, length, n_labels].
+Model = Callable[[Ints, Ints], npt.NDArray[np.float32]]
+
+#: Padded tokens of one inference call: what stays in a core's caches, and what fills a GPU.
+BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
+
+#: Tokens whose results are remembered for windows that come again; about 10 bytes each.
+REUSE_TOKENS = 4_000_000
+
+_JOBS_AHEAD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to annotate. None of these but ``precision``, ``window`` and ``min_score`` changes a span.
+
+    precision: auto, fp32, fp16 or int8. device: auto, cpu, cuda or cuda:N. window: tokens, special ones included; None
+    takes the bundle's. threads: inference threads; None takes the CPUs this process may use. batch_tokens: padded
+    tokens of one inference call; None takes :data:`BATCH_TOKENS`. min_score: spans below it are left out. reuse:
+    infer equal windows once. text_column: the column that holds the notes.
+    """
+
+    precision: str = "auto"
+    device: str = "auto"
+    window: int | None = None
+    threads: int | None = None
+    batch_tokens: int | None = None
+    min_score: float = 0.0
+    reuse: bool = True
+    text_column: str = "text"
+
+
+@dataclass(slots=True)
+class Counts:
+    """What an annotator has done so far: windows that went through the model, and windows whose result was reused."""
+
+    inferred: int = 0
+    reused: int = 0
+
+
+class Annotator:
+    """Finds spans in notes.
+
+    One annotator serves one stream at a time. It pickles as its recipe (model path and options), since an onnxruntime
+    session cannot be pickled.
+    """
+
+    def __init__(
+        self, bundle: bundles.Bundle, model: Model, options: Options, *, precision: str, session: Session | None = None
+    ) -> None:
+        """Use :meth:`load`; this is for a model that is not an onnxruntime session.
+
+        precision: the variant that ``model`` computes, for the record. The attribute ``types`` names the entity types
+        that the model knows.
+        """
+        self.bundle = bundle
+        self.options = options
+        self.precision = precision
+        self.session = session
+        self.counts = Counts()
+        self._model = model
+        self._tags = decode.tag_set(bundle.labels)
+        self._tokenizer = windows.WordTokenizer(bundle.tokenizer_json())
+        self.types = self._tags.types
+        self._capacity = bundle.window - len(self._tokenizer.prefix) - len(self._tokenizer.suffix)
+        device = "cuda" if session is not None and session.device.startswith("cuda") else "cpu"
+        self.threads = options.threads or (1 if device == "cuda" else available_cpus())
+        self.batch_tokens = options.batch_tokens or BATCH_TOKENS[device]
+
+    @classmethod
+    def load(cls, model: str | Path = "default", options: Options | None = None) -> Annotator:
+        """Load a bundle or a foreign model and open it on a device.
+
+        model: as in :func:`medner.bundle.load`. Raises :class:`ModelError`, :class:`DeviceError` (the device asked for
+        is not to be had) or :class:`MissingPackage` (no onnxruntime).
+        """
+        options = options or Options()
+        bundle = bundles.load(model, options.window)
+        device = resolve_device(options.device)
+        precision, graph = bundle.variant(options.precision, device.partition(":")[0])
+        session = Session(graph, device)
+        if session.n_labels not in (None, len(bundle.labels)):
+            raise ModelError(f"{graph}: has {session.n_labels} classes, but config.json names {len(bundle.labels)}")
+        return cls(bundle, session, options, precision=precision, session=session)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle as the recipe."""
+        if self.session is None:
+            raise TypeError("an annotator of a model that is no bundle cannot be pickled")
+        return Annotator.load, (str(self.bundle.path), self.options)
+
+    def output_schema(self, input_schema: pa.Schema) -> pa.Schema:
+        """Schema of the annotated batches, known before the first one."""
+        return schema.annotated_schema(input_schema, self.options.text_column)
+
+    @overload
+    def __call__(self, notes: str) -> list[schema.Span]: ...
+    @overload
+    def __call__(self, notes: pa.RecordBatch) -> pa.RecordBatch: ...
+    def __call__(self, notes: str | pa.RecordBatch) -> list[schema.Span] | pa.RecordBatch:
+        """Annotate one note (a list of spans) or one batch (N rows in, N rows out, in order)."""
+        if isinstance(notes, str):
+            return self._spans_of(notes)
+        (annotated,) = self.stream([notes])
+        return annotated
+
+    def _spans_of(self, text: str) -> list[schema.Span]:
+        try:
+            column = pa.array([text], pa.large_string())
+        except UnicodeEncodeError as exc:
+            raise InputError("the note holds lone surrogates; it is not Unicode text") from exc
+        batch = pa.record_batch({self.options.text_column: column})
+        (found,) = self(batch).column("spans").to_pylist()
+        return [schema.Span(**span, text=text[span["start"] : span["end"]]) for span in found]
+
+    def stream(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Annotate a stream of batches: each comes out in order, with the columns of :data:`schema.ANNOTATION` added.
+
+        Tokenizing, inference and decoding overlap; a few hundred thousand tokens are under way at any time, whatever
+        the sizes of notes and batches. Null text gives a null list of spans, empty text an empty one.
+        """
+        cache = _Reuse(REUSE_TOKENS) if self.options.reuse else None
+        infer = ThreadPoolExecutor(self.threads, thread_name_prefix="medner-infer")
+        plan = ThreadPoolExecutor(1, thread_name_prefix="medner-plan")
+        under_way: deque[Future[_Plan]] = deque()
+        waiting: deque[_Rows] = deque()
+        try:
+            for job in self._jobs(batches, waiting):
+                # One planning thread, so that which window is inferred and which reused follows from the input alone.
+                under_way.append(plan.submit(self._plan, job, infer, cache))
+                if len(under_way) > _JOBS_AHEAD:
+                    self._finish(under_way.popleft().result())
+                while waiting and waiting[0].is_done():
+                    yield waiting.popleft().batch()
+            while under_way:
+                self._finish(under_way.popleft().result())
+                while waiting and waiting[0].is_done():
+                    yield waiting.popleft().batch()
+            while waiting:
+                yield waiting.popleft().batch()
+        finally:
+            plan.shutdown(cancel_futures=True)
+            infer.shutdown(cancel_futures=True)
+
+    def _jobs(self, batches: Iterable[pa.RecordBatch], waiting: deque[_Rows]) -> Iterator[list[_Piece]]:
+        """Group the pieces of the notes into jobs of about equal work; ``waiting`` gets each batch as it is read."""
+        # Enough for every thread to have several batches, with windows of each length to fill them.
+        limit = max(1 << 17, 24 * self.batch_tokens * self.threads)
+        job: list[_Piece] = []
+        size = 0
+        for batch in batches:
+            rows = _Rows(batch, self.output_schema(batch.schema), self._tags.types)
+            waiting.append(rows)
+            for row, text in enumerate(_texts(batch, self.options.text_column)):
+                rows.read(row, text)
+                for start, end in windows.pieces(text or ""):
+                    job.append(_Piece(rows, row, start, (text or "")[start:end]))
+                    rows.open_pieces += 1
+                    size += end - start
+                    if size >= limit:
+                        yield job
+                        job, size = [], 0
+            rows.is_read = True
+        if job:
+            yield job
+
+    def _plan(self, job: list[_Piece], infer: ThreadPoolExecutor, cache: _Reuse | None) -> _Plan:
+        """Tokenize a job, cut windows, and hand those not seen before to the inference threads."""
+        texts: list[str] = []
+        starts: list[int] = []
+        piece_bounds = [0]
+        for piece in job:
+            for start, end in pairwise(windows.segments(piece.text)):
+                texts.append(piece.text[start:end])
+                starts.append(piece.start + start)
+            piece_bounds.append(len(texts))
+        tokens = self._tokenizer.tokenize(texts)
+        packed: list[windows.Window] = []
+        counts: list[int] = []
+        for first, last in pairwise(piece_bounds):
+            found = windows.pack(tokens.bounds, first, last, self._capacity)
+            packed.extend(found)
+            counts.append(len(found))
+
+        results: list[_Result] = []
+        new: list[tuple[windows.Window, _Result]] = []
+        for window in packed:
+            key = tokens.ids[window.start : window.end].astype(np.int32).tobytes() if cache is not None else b""
+            result = cache.get(key) if cache is not None else None
+            if result is None:
+                result = _Result()
+                new.append((window, result))
+                if cache is not None:
+                    cache.put(key, result, window.end - window.start)
+            results.append(result)
+        self.counts.inferred += len(new)
+        self.counts.reused += len(packed) - len(new)
+        frame = len(self._tokenizer.prefix) + len(self._tokenizer.suffix)
+        lengths = [window.end - window.start + frame for window, _ in new]
+        futures = [
+            infer.submit(self._infer, tokens.ids, [new[i] for i in batch])
+            for batch in windows.batches(lengths, self.batch_tokens)
+        ]
+        return _Plan(job, tokens, np.array(starts, dtype=np.int64), piece_bounds, packed, counts, results, futures)
+
+    def _infer(self, ids: Ints, batch: list[tuple[windows.Window, _Result]]) -> None:
+        """Run one batch and store each window's tags and probabilities."""
+        prefix, suffix = self._tokenizer.prefix, self._tokenizer.suffix
+        lengths = np.array([len(prefix) + w.end - w.start + len(suffix) for w, _ in batch], dtype=np.int64)
+        width = min(windows.padded_length(int(lengths[0])), self.bundle.window)
+        feed = np.full((len(batch), width), self._tokenizer.pad_id, dtype=np.int64)
+        for row, (window, _) in zip(feed, batch, strict=True):
+            end = len(prefix) + window.end - window.start
+            row[: len(prefix)] = prefix
+            row[len(prefix) : end] = ids[window.start : window.end]
+            row[end : end + len(suffix)] = suffix
+        tags, probabilities = decode.best(self._model(feed, lengths))
+        for i, (window, result) in enumerate(batch):
+            own = slice(len(prefix), len(prefix) + window.end - window.start)
+            result.tags = tags[i, own].copy()
+            result.probabilities = probabilities[i, own].copy()
+
+    def _finish(self, plan: _Plan) -> None:
+        """Wait for a job's results and decode them into the rows that they belong to."""
+        for future in plan.futures:
+            future.result()
+        tokens = plan.tokens
+        tags = np.concatenate(
+            [r.tags[w.own_start - w.start : w.own_end - w.start] for w, r in plan.windows()] or [np.zeros(0, np.int16)]
+        )
+        probabilities = np.concatenate(
+            [r.probabilities[w.own_start - w.start : w.own_end - w.start] for w, r in plan.windows()]
+            or [np.zeros(0, np.float32)]
+        )
+        if len(tags) != len(tokens.ids):
+            raise AssertionError("windows do not cover the tokens")  # pragma: no cover
+        found = self._decode(plan, tags, probabilities)
+        unknown = np.concatenate([[0], np.cumsum(tokens.ids == self._tokenizer.unknown_id)])
+        token_edges = tokens.bounds[plan.piece_bounds]
+        span_edges = np.searchsorted(found.segment, plan.piece_bounds)
+        for i, piece in enumerate(plan.job):
+            low, high = int(token_edges[i]), int(token_edges[i + 1])
+            piece.rows.add(
+                piece.row,
+                found.part(int(span_edges[i]), int(span_edges[i + 1])),
+                n_tokens=high - low,
+                n_unknown=int(unknown[high] - unknown[low]),
+                n_windows=plan.window_counts[i],
+            )
+
+    def _decode(self, plan: _Plan, tags: npt.NDArray[np.int16], probabilities: npt.NDArray[np.float32]) -> _FoundSpans:
+        tokens = plan.tokens
+        breaks = np.zeros(len(tokens.ids) + 1, dtype=np.bool_)
+        # A span may go on into a window that overlaps the one before, but not into one that starts a new segment.
+        breaks[[window.start for window in plan.packed if window.own_start == window.start]] = True
+        # The break holds for the first word at or after the window's first token.
+        starts_window = np.diff(np.cumsum(breaks)[tokens.word_token], prepend=0) > 0
+        words = decode.spans(tags[tokens.word_token], probabilities[tokens.word_token], starts_window, self._tags)
+        sure = words.score >= self.options.min_score
+        first, last = words.first[sure], words.last[sure]
+        first_segment = np.searchsorted(tokens.word_bounds, first, side="right") - 1
+        last_segment = np.searchsorted(tokens.word_bounds, last, side="right") - 1
+        chars = {segment: tokens.chars(segment) for segment in {*first_segment.tolist(), *last_segment.tolist()}}
+        start = np.array(
+            [chars[s][w - tokens.word_bounds[s], 0] for s, w in zip(first_segment, first, strict=True)], dtype=np.int64
+        )
+        end = np.array(
+            [chars[s][w - tokens.word_bounds[s], 1] for s, w in zip(last_segment, last, strict=True)], dtype=np.int64
+        )
+        return _FoundSpans(
+            first_segment,
+            plan.segment_starts[first_segment] + start,
+            plan.segment_starts[last_segment] + end,
+            words.type[sure],
+            words.score[sure],
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What passes between the stages
+
+
+@dataclass(slots=True)
+class _Result:
+    """A window's tags int16 [n] and probabilities float32 [n], filled in by the thread that infers it."""
+
+    tags: npt.NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, np.int16))
+    probabilities: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+class _Reuse:
+    """Results by the ids of their window; the least recently used go first. Used by the planning thread alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 0
+        self._results: OrderedDict[bytes, tuple[_Result, int]] = OrderedDict()
+
+    def get(self, key: bytes) -> _Result | None:
+        if key not in self._results:
+            return None
+        self._results.move_to_end(key)
+        return self._results[key][0]
+
+    def put(self, key: bytes, result: _Result, size: int) -> None:
+        self._results[key] = result, size
+        self._size += size
+        while self._size > self._limit:
+            _, (_, freed) = self._results.popitem(last=False)
+            self._size -= freed
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A stretch of one note: the code point at which it starts, and its text."""
+
+    rows: _Rows
+    row: int
+    start: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A job under way. segment_starts: code point in its note, int64 [n_segments]; results: one for each window."""
+
+    job: list[_Piece]
+    tokens: windows.Tokens
+    segment_starts: Ints
+    piece_bounds: list[int]
+    packed: list[windows.Window]
+    window_counts: list[int]
+    results: list[_Result]
+    futures: list[Future[None]]
+
+    def windows(self) -> Iterator[tuple[windows.Window, _Result]]:
+        return zip(self.packed, self.results, strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _FoundSpans:
+    """Spans of a job in order: int64 [n] each, score float32 [n]; segment is that of the span's first word."""
+
+    segment: Ints
+    start: Ints
+    end: Ints
+    type: Ints
+    score: npt.NDArray[np.float32]
+
+    def part(self, low: int, high: int) -> _FoundSpans:
+        cut = slice(low, high)
+        return _FoundSpans(self.segment[cut], self.start[cut], self.end[cut], self.type[cut], self.score[cut])
+
+
+class _Rows:
+    """An input batch whose notes are being annotated."""
+
+    def __init__(self, batch: pa.RecordBatch, output: pa.Schema, types: tuple[str, ...]) -> None:
+        self.open_pieces = 0
+        self.is_read = False
+        self._batch = batch
+        self._output = output
+        self._types = types
+        n = batch.num_rows
+        self._is_null = np.zeros(n, dtype=np.bool_)
+        self._counts = {name: np.zeros(n, dtype=np.int32) for name in _COUNTS}
+        self._digests: list[str | None] = [None] * n
+        self._found: list[_FoundSpans] = []
+
+    def is_done(self) -> bool:
+        return self.is_read and self.open_pieces == 0
+
+    def read(self, row: int, text: str | None) -> None:
+        if text is None:
+            self._is_null[row] = True
+            return
+        self._counts["n_chars"][row] = len(text)
+        self._digests[row] = hashlib.sha256(text.encode()).hexdigest()
+
+    def add(self, row: int, found: _FoundSpans, **counts: int) -> None:
+        """Take in what was found in one piece; a note's pieces come in order."""
+        for name, value in counts.items():
+            self._counts[name][row] += value
+        self._counts["n_spans"][row] += len(found.start)
+        if len(found.start):
+            self._found.append(found)
+        self.open_pieces -= 1
+
+    def batch(self) -> pa.RecordBatch:
+        added = {"spans": self._spans(), "text_sha256": pa.array(self._digests, pa.string())}
+        added |= {name: pa.array(values) for name, values in self._counts.items()}
+        columns = [*self._batch.columns, *(added[name] for name in schema.ANNOTATION.names)]
+        return pa.RecordBatch.from_arrays(columns, schema=self._output)
+
+    def _spans(self) -> pa.ListArray:
+        found = self._found
+        type_ids = np.concatenate([f.type for f in found]) if found else np.zeros(0, np.int64)
+        labels = pa.DictionaryArray.from_arrays(pa.array(type_ids, pa.int32()), pa.array(self._types, pa.string()))
+        fields = {
+            "start": pa.array(np.concatenate([f.start for f in found]) if found else [], pa.int32()),
+            "end": pa.array(np.concatenate([f.end for f in found]) if found else [], pa.int32()),
+            "label": labels.dictionary_decode(),
+            "score": pa.array(np.concatenate([f.score for f in found]) if found else [], pa.float32()),
+        }
+        structs = pa.StructArray.from_arrays([fields[f.name] for f in schema.SPAN], fields=list(schema.SPAN))
+        bounds = np.concatenate([[0], np.cumsum(self._counts["n_spans"])])
+        return pa.ListArray.from_arrays(
+            pa.array(bounds, pa.int32()), structs, type=schema.SPANS, mask=pa.array(self._is_null)
+        )
+
+
+_COUNTS = [name for name in schema.ANNOTATION.names if name.startswith("n_")]
+
+
+def _texts(batch: pa.RecordBatch, name: str) -> Iterator[str | None]:
+    """The notes of a batch one after another, whatever string type holds them."""
+    column = batch.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    for value in column:
+        try:
+            yield value.as_py()
+        except UnicodeDecodeError as exc:
+            raise InputError(f"column {name!r} holds bytes that are not UTF-8") from exc

@@ -1,0 +1,343 @@
+"""Labelled data sets in one form: CoNLL, PubTator, JSONL with spans, and Hugging Face data sets.
+
+Local files are read with the standard library alone. Errors name the file and the line, never its text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from medner.errors import InputError, MissingPackage
+
+Span = tuple[int, int, str]
+
+#: Names that a split's file or a hub data set's split may have; the first is the name that medner uses.
+SPLITS: Mapping[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "devel": ("devel", "dev", "develop", "development", "valid", "validation", "val"),
+    "test": ("test", "testing"),
+}
+#: The label of tags that are a bare ``B`` or ``I``, as in the data sets of BioBERT.
+UNNAMED = "Entity"
+
+_SUFFIXES = frozenset({".tsv", ".txt", ".conll", ".iob", ".iob2", ".bio", ".jsonl", ".pubtator"})
+_TITLE_OR_ABSTRACT = re.compile(r"([^|\t]+)\|([ta])\|(.*)", re.DOTALL)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_SINGLE = frozenset("ESLU")
+_PREFIXES = frozenset("BIESLU")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One labelled text: a sentence of a tokenized data set, or a whole note or article.
+
+    spans: (start, end, label) in Unicode code points, end exclusive, sorted and without overlap. tokens: offsets of the
+    data set's own tokens in the text where it is tokenized, else None.
+    """
+
+    id: str
+    text: str
+    spans: tuple[Span, ...]
+    tokens: tuple[tuple[int, int], ...] | None = None
+
+
+def load(data: str, split: str, labels: Mapping[str, str] | None = None) -> list[Document]:
+    """Load one split (``train``, ``devel`` or ``test``) of a data set.
+
+    ``data`` is a directory with a file per split, a file (used for whichever split is asked for), or the name of a
+    data set on the Hugging Face hub or a directory of Parquet files, with the columns ``tokens`` and ``ner_tags``.
+    ``labels`` renames labels; the key ``*`` stands for all that are not named, and labels without an entry stay.
+
+    Raises :class:`InputError` where the data set is missing or malformed, and :class:`MissingPackage` where a hub
+    name is given and ``datasets`` is not installed.
+    """
+    if split not in SPLITS:
+        raise InputError(f"no split {split!r}; name one of {', '.join(SPLITS)}")
+    path = Path(data).expanduser()
+    if path.is_file():
+        documents = _read(path)
+    elif path.is_dir() and not any(path.rglob("*.parquet")):
+        documents = _read(_split_file(path, split))
+    elif path.is_dir() or _looks_like_hub_name(data):
+        documents = list(_load_hub(data, split))
+    else:
+        raise InputError(f"{data}: no such file or directory")
+    if not documents:
+        raise InputError(f"{data}: the {split} split holds no document")
+    documents = _without_overlaps(documents, data)
+    if labels:
+        documents = _rename(documents, lambda label: labels.get(label, labels.get("*", label)))
+    _log.info("%s: %d documents, %d spans in %s", data, len(documents), sum(len(d.spans) for d in documents), split)
+    return documents
+
+
+def relabel(documents: Iterable[Document], label: str) -> list[Document]:
+    """Give every span the same label: for scoring a model of one label on a data set with finer classes."""
+    return _rename(documents, lambda _: label)
+
+
+def labels_of(documents: Iterable[Document]) -> list[str]:
+    """The labels that occur, sorted."""
+    return sorted({label for document in documents for _, _, label in document.spans})
+
+
+def entities(tags: Sequence[str]) -> list[Span]:
+    """Decode the tags of one sequence to (first, last + 1, label) in positions of the sequence.
+
+    Reads IO, IOB1, IOB2, BIOES and BILOU alike, since none of them contradicts another: ``B``, ``S`` and ``U`` open an
+    entity, ``S``, ``U``, ``E`` and ``L`` close one, and anything but ``O`` that continues no open entity of its label
+    opens one (so an orphan ``I-`` does). A tag without a prefix is read as ``I-``.
+    """
+    found: list[Span] = []
+    start, current = 0, ""
+    for position, tag in enumerate([*tags, "O"]):
+        prefix, label = _parse_tag(tag)
+        if current and (prefix in "OBSU" or label != current):
+            found.append((start, position, current))
+            current = ""
+        if prefix == "O":
+            continue
+        if not current:
+            start, current = position, label
+        if prefix in _SINGLE:
+            found.append((start, position + 1, current))
+            current = ""
+    return found
+
+
+def of_tokens(name: str, tokens: Sequence[str], tags: Sequence[str]) -> Document:
+    """The document of a tagged sentence: its tokens joined with one space each."""
+    offsets: list[tuple[int, int]] = []
+    position = 0
+    for token in tokens:
+        offsets.append((position, position + len(token)))
+        position += len(token) + 1
+    spans = ((offsets[first][0], offsets[last - 1][1], label) for first, last, label in entities(tags))
+    return Document(name, " ".join(tokens), tuple(span for span in spans if span[0] < span[1]), tuple(offsets))
+
+
+def _parse_tag(tag: str) -> tuple[str, str]:
+    if tag in ("O", ""):
+        return "O", ""
+    if tag in _PREFIXES:
+        return tag, UNNAMED
+    if len(tag) > 2 and tag[1] == "-" and tag[0] in _PREFIXES:
+        return tag[0], tag[2:]
+    return "I", tag
+
+
+def _rename(documents: Iterable[Document], rename: Callable[[str], str]) -> list[Document]:
+    return [replace(d, spans=tuple(sorted((a, b, rename(label)) for a, b, label in d.spans))) for d in documents]
+
+
+def _without_overlaps(documents: list[Document], data: str) -> list[Document]:
+    """Keep the longest of spans that overlap, which of nested ones is the outermost."""
+    kept = [replace(document, spans=_disjoint(document.spans)) for document in documents]
+    dropped = sum(len(before.spans) - len(after.spans) for before, after in zip(documents, kept, strict=True))
+    if dropped:
+        _log.warning("%s: %d spans that overlap a longer one were dropped", data, dropped)
+    return kept
+
+
+def _disjoint(spans: Iterable[Span]) -> tuple[Span, ...]:
+    kept: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span[0] - span[1], span)):
+        if all(span[1] <= start or end <= span[0] for start, end, _ in kept):
+            kept.append(span)
+    return tuple(sorted(kept))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _split_file(directory: Path, split: str) -> Path:
+    """The one file of a directory that holds a split: by its exact name, else by a name that contains the split's."""
+    names = SPLITS[split]
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix.lower() in _SUFFIXES)
+    exact = [path for path in files if path.stem.lower() in names]
+    found = exact or [path for path in files if any(name in path.stem.lower() for name in names[:2])]
+    if not found:
+        raise InputError(f"{directory}: no file for the {split} split; expected a name like {split}.tsv")
+    if len(found) > 1:
+        raise InputError(f"{directory}: {found[0].name} and {found[1].name} may both be {split}; name the file itself")
+    return found[0]
+
+
+def _read(path: Path) -> list[Document]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8; convert the file first") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    # Not splitlines(), which also cuts at characters that a token or an abstract may hold.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    if path.suffix.lower() == ".jsonl":
+        return list(_read_jsonl(path, lines))
+    first = next((line for line in lines if line.strip()), "")
+    if _TITLE_OR_ABSTRACT.fullmatch(first):
+        return _read_pubtator(path, lines)
+    return list(_read_conll(path, lines))
+
+
+def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
+    tokens: list[str] = []
+    tags: list[str] = []
+    styles: set[bool] = set()
+    count = 0
+    for number, line in enumerate([*lines, ""], start=1):
+        if line.strip() and not line.startswith("-DOCSTART-"):
+            fields = line.split("\t") if "\t" in line else line.split()
+            if len(fields) < 2 or not fields[0]:
+                raise InputError(f"{path}:{number}: expected a token and a tag, between them a tab or a space")
+            tokens.append(fields[0])
+            tags.append(fields[-1].strip())
+            # A column of words read as tags would give a label each; the tag itself is not shown, it may be text.
+            if tags[-1] != "O":
+                styles.add(tags[-1] in _PREFIXES or _parse_tag(tags[-1])[1] != tags[-1])
+            if len(styles) > 1:
+                raise InputError(f"{path}:{number}: some tags have a prefix such as B- or I-, this one differs")
+        elif tokens:
+            yield of_tokens(f"{path.stem}-{count}", tokens, tags)
+            tokens, tags, count = [], [], count + 1
+
+
+def _read_pubtator(path: Path, lines: Sequence[str]) -> list[Document]:
+    documents: dict[str, Document] = {}
+    current, spans, repeated = "", list[Span](), False
+    mismatched: Counter[str] = Counter()
+
+    def close() -> None:
+        if current and not repeated:
+            documents[current] = replace(documents[current], spans=tuple(sorted(spans)))
+
+    for number, line in enumerate(lines, start=1):
+        head = _TITLE_OR_ABSTRACT.fullmatch(line)
+        if head and head[2] == "t":
+            close()
+            current, spans, repeated = head[1], [], head[1] in documents
+            if repeated:
+                _log.warning("%s:%d: document %s stands there twice; the first one counts", path, number, current)
+            else:
+                documents[current] = Document(current, head[3], ())
+        elif head:
+            if head[1] != current:
+                raise InputError(f"{path}:{number}: an abstract without its title")
+            if not repeated:
+                documents[current] = replace(documents[current], text=f"{documents[current].text} {head[3]}")
+        elif line.strip():
+            fields = line.split("\t")
+            if len(fields) == 4 and fields[0] == current and not fields[1].isdecimal():
+                continue  # a relation between concepts, as in BC5CDR
+            if len(fields) < 5 or fields[0] != current or not (fields[1].isdecimal() and fields[2].isdecimal()):
+                raise InputError(f"{path}:{number}: expected PMID, start, end, text and type, between them tabs")
+            start, end = int(fields[1]), int(fields[2])
+            if repeated:
+                continue
+            if start < end and documents[current].text[start:end] == fields[3]:
+                spans.append((start, end, fields[4].strip()))
+            else:
+                mismatched[current] += 1
+    close()
+    for name, count in mismatched.items():
+        _log.warning("%s: document %s: %d annotations dropped, their text is not at their offsets", path, name, count)
+    return list(documents.values())
+
+
+def _read_jsonl(path: Path, lines: Sequence[str]) -> Iterator[Document]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            raise InputError(f"{path}:{number}: not JSON") from None
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise InputError(f'{path}:{number}: expected an object with a "text"')
+        if not isinstance(record.get("spans"), list):
+            raise InputError(f'{path}:{number}: expected a list "spans"; an unlabelled file cannot train or score')
+        name = next((str(record[key]) for key in ("id", "note_id") if record.get(key) is not None), f"row-{number}")
+        spans = [_json_span(span, record["text"], f"{path}:{number}") for span in record["spans"]]
+        yield Document(name, record["text"], tuple(sorted(spans)))
+
+
+def _json_span(span: object, text: str, place: str) -> Span:
+    if isinstance(span, dict):
+        start, end, label = (span.get(key) for key in ("start", "end", "label"))
+    elif isinstance(span, list) and len(span) == 3:
+        start, end, label = span
+    else:
+        start = end = label = None
+    if type(start) is not int or type(end) is not int or not isinstance(label, str) or not label:
+        raise InputError(f'{place}: a span is {{"start": int, "end": int, "label": str}} or [start, end, label]')
+    if not 0 <= start < end <= len(text):
+        raise InputError(f"{place}: span {start}:{end} lies outside the text of {len(text)} code points")
+    if isinstance(span, dict) and span.get("text", text[start:end]) != text[start:end]:
+        raise InputError(f"{place}: span {start}:{end} names another text; offsets are code points, end exclusive")
+    return start, end, label
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+def _looks_like_hub_name(data: str) -> bool:
+    return bool(_HUB_NAME.fullmatch(data)) and Path(data).suffix.lower() not in _SUFFIXES
+
+
+def _load_hub(name: str, split: str) -> Iterator[Document]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingPackage(f'{name} needs the package "datasets": pip install "medner[train]"') from None
+    splits = _fetch(datasets.load_dataset, name)
+    found = next((alias for alias in SPLITS[split] if alias in splits), None)
+    if found is None:
+        raise InputError(f"{name}: no {split} split; it has {', '.join(map(str, splits))}")
+    rows = splits[found]
+    if not {"tokens", "ner_tags"} <= set(rows.column_names):
+        raise InputError(f"{name}: expected the columns tokens and ner_tags; it has {', '.join(rows.column_names)}")
+    names = getattr(getattr(rows.features["ner_tags"], "feature", None), "names", None)
+    for index, row in enumerate(rows):
+        tokens, tags = row["tokens"], row["ner_tags"]
+        if len(tokens) != len(tags):
+            raise InputError(f"{name}: row {index} of {found} has {len(tokens)} tokens and {len(tags)} tags")
+        # The hub copy of the NCBI Disease corpus ends each split with an empty row.
+        if tokens:
+            yield of_tokens(f"{found}-{index}", tokens, [_tag_name(tag, names, name) for tag in tags])
+
+
+def _fetch(load_dataset: Callable[..., Any], name: str) -> Any:
+    try:
+        try:
+            return load_dataset(name)
+        except RuntimeError as error:
+            # datasets 4 and later refuse data sets that are scripts; the hub keeps a converted copy of most.
+            if "scripts are no longer supported" not in str(error):
+                raise
+            return load_dataset(name, revision="refs/convert/parquet")
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        raise InputError(
+            f"{name}: no such file or directory, and not loaded as a Hugging Face data set either "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _tag_name(tag: object, names: Sequence[str] | None, name: str) -> str:
+    if isinstance(tag, str):
+        return tag
+    if names is None or not isinstance(tag, int) or not 0 <= tag < len(names):
+        raise InputError(f"{name}: ner_tags are numbers without names; a ClassLabel feature is needed")
+    return names[tag]

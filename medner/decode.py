@@ -1,0 +1,99 @@
+"""Label arrays -> spans. Pure numpy, vectorized over all words of many notes at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from medner.errors import ModelError
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+_TAG = re.compile(r"([BIESLU])[-_](.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class TagSet:
+    """What each of a model's classes means.
+
+    types: the entity types, by first appearance. type_of: int64 [n_labels], index into ``types``, -1 for O. opens: bool
+    [n_labels], the tag begins a span whatever stands before it (B, S, U). closes: bool [n_labels], no span goes on
+    after the tag (E, L, S, U).
+    """
+
+    types: tuple[str, ...]
+    type_of: Ints
+    opens: Bools
+    closes: Bools
+
+
+def tag_set(labels: tuple[str, ...]) -> TagSet:
+    """Understand the labels of IO, IOB1, IOB2, BIOES and BILOU models.
+
+    In IO the labels are the types themselves. IOB1 needs no rule of its own: there ``B-`` stands only where two spans
+    of one type touch, and an ``I-`` that follows nothing opens a span in any scheme.
+    """
+    if "O" not in labels:
+        raise ModelError(f"no label O among {', '.join(labels[:8])}; this is not a tagging model")
+    tagged = [label for label in labels if label != "O"]
+    prefixed = all(_TAG.fullmatch(label) for label in tagged)
+    parts = {label: _TAG.fullmatch(label) if prefixed else None for label in tagged}
+    names = {label: match.group(2) if match else label for label, match in parts.items()}
+    kinds = {label: match.group(1) if match else "I" for label, match in parts.items()}
+    types = tuple(dict.fromkeys(names[label] for label in tagged))
+    return TagSet(
+        types,
+        np.array([types.index(names[label]) if label in names else -1 for label in labels], dtype=np.int64),
+        np.array([kinds.get(label, "O") in "BSU" for label in labels], dtype=np.bool_),
+        np.array([kinds.get(label, "O") in "ELSU" for label in labels], dtype=np.bool_),
+    )
+
+
+def best(logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]:
+    """The likeliest class of each token and its probability.
+
+    logits: float32 [..., n_labels]. Returns int16 [...] and float32 [...]. Of equal logits the first class counts.
+    """
+    tags = logits.argmax(axis=-1).astype(np.int16)
+    highest = logits.max(axis=-1, keepdims=True)
+    return tags, 1.0 / np.exp(logits - highest).sum(axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class WordSpans:
+    """Spans in words: int64 [n_spans] each, ``first`` and ``last`` word inclusive; score float32 [n_spans]."""
+
+    first: Ints
+    last: Ints
+    type: Ints
+    score: npt.NDArray[np.float32]
+
+
+def spans(
+    tags: npt.NDArray[np.integer], probabilities: npt.NDArray[np.float32], breaks: Bools, tag_set: TagSet
+) -> WordSpans:
+    """Decode word tags to spans.
+
+    tags: integer [n_words]; probabilities: float32 [n_words], of each word's tag; breaks: bool [n_words], no span goes
+    on from the word before into this one. Every tag sequence decodes: an ``I-`` that continues nothing opens a span,
+    and a span whose end tag is missing ends where the next word does not continue it.
+    """
+    kind = tag_set.type_of[tags]
+    inside = kind >= 0
+    goes_on = np.zeros(len(tags), dtype=np.bool_)
+    goes_on[1:] = inside[1:] & (kind[1:] == kind[:-1]) & ~tag_set.opens[tags[1:]] & ~tag_set.closes[tags[:-1]]
+    goes_on &= ~breaks
+    first = np.flatnonzero(inside & ~goes_on)
+    ends = inside.copy()
+    ends[:-1] &= ~goes_on[1:]
+    last = np.flatnonzero(ends)
+    # Summed span by span: a score must not depend on what stands before the span in the array.
+    padded = np.append(probabilities.astype(np.float64), 0.0)
+    cuts = np.stack([first, last + 1], axis=1).ravel()
+    totals = np.add.reduceat(padded, cuts)[::2] if len(cuts) else np.zeros(0)
+    score = totals / (last + 1 - first)
+    return WordSpans(first, last, kind[first], score.astype(np.float32))

@@ -1,0 +1,67 @@
+"""Score a model on labelled data: on the data set's own tokens where it has them, else on exact offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from medner import datasets, score
+from medner.annotate import Annotator, Options
+from medner.datasets import Document, Span
+
+#: Spans that an annotator found in each document: (start, end, label) in code points of its text.
+Found = list[list[Span]]
+
+
+def open_model(model: str, options: Options | None = None) -> Annotator:
+    """An annotator for a bundle, a foreign ONNX model, or a PyTorch checkpoint directory."""
+    path = Path(model)
+    weights = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+    if any((path / name).is_file() for name in weights) and not any(path.glob("**/*.onnx")):
+        from medner.compare import torch_annotator
+
+        return torch_annotator(path, options)
+    return Annotator.load(model, options)
+
+
+def evaluate(annotator: Annotator, documents: Sequence[Document]) -> score.Scores:
+    """Strict scores; where the model knows a single label, the data set's finer labels count as that one."""
+    return score.evaluate(fit_labels(annotator, documents), find(annotator, documents))
+
+
+def fit_labels(annotator: Annotator, documents: Sequence[Document]) -> list[Document]:
+    """Give all gold spans the model's label where it has only one."""
+    return datasets.relabel(documents, annotator.types[0]) if len(annotator.types) == 1 else list(documents)
+
+
+def find(annotator: Annotator, documents: Sequence[Document]) -> Found:
+    """The spans of each document's text."""
+    column = pa.array([document.text for document in documents], pa.large_string())
+    batch = pa.record_batch({annotator.options.text_column: column})
+    return [
+        [(span["start"], span["end"], span["label"]) for span in spans]
+        for spans in annotator(batch).column("spans").to_pylist()
+    ]
+
+
+def hard_wrapped(documents: Sequence[Document], width: int) -> list[Document]:
+    """The documents with lines broken after at most ``width`` characters, as clinical systems do; offsets stay."""
+    return [replace(document, text=wrap(document.text, width)) for document in documents]
+
+
+def wrap(text: str, width: int) -> str:
+    """Turn the last space of each stretch of ``width`` characters into a line break; longer words stay whole."""
+    characters = list(text)
+    start = last = 0
+    for position, character in enumerate(text):
+        if character == "\n":
+            start = position + 1
+        elif character == " ":
+            last = position
+        if position - start >= width and last > start:
+            characters[last] = "\n"
+            start = last + 1
+    return "".join(characters)

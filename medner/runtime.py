@@ -1,0 +1,166 @@
+"""The onnxruntime session: the provider asked for is the provider that runs. Arrays in, arrays out.
+
+The only file that imports onnxruntime.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medner.errors import DeviceError, MissingPackage, ModelError
+
+_DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
+
+
+class Session:
+    """A token classifier on one device.
+
+    Calls may come from several threads at once. On the CPU each call runs on the thread that makes it, so results do
+    not depend on how many there are.
+
+    device: ``cpu`` or ``cuda:N``; provider: the onnxruntime execution provider that runs; n_labels: the size of the
+    output's last axis where the graph states it.
+    """
+
+    def __init__(self, graph: Path, device: str) -> None:
+        """Load a graph. ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+        Raises :class:`DeviceError` where that device cannot run it, :class:`ModelError` where nothing can.
+        """
+        ort = _onnxruntime()
+        self.device = resolve_device(device)
+        cuda = self.device.startswith("cuda")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if cuda:
+            # Without the CPU provider in the list, and with its fallback off, a node that CUDA cannot run is an error
+            # instead of a silent detour.
+            providers = [("CUDAExecutionProvider", {"device_id": int(self.device.partition(":")[2])})]
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        elif not has_exact_int8():
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        try:
+            self._session = ort.InferenceSession(str(graph), options, providers=providers)
+        except Exception as exc:  # onnxruntime raises RuntimeError and a family of private classes
+            reason = str(exc).splitlines()[0][:200]
+            if cuda:
+                raise DeviceError(
+                    f"--device {self.device}: onnxruntime cannot run {graph.name} there: {reason}"
+                ) from exc
+            raise ModelError(f"{graph}: onnxruntime cannot load it: {reason}") from exc
+        self.provider: str = self._session.get_providers()[0]
+        if cuda and self.provider != "CUDAExecutionProvider":
+            raise DeviceError(
+                f"--device {self.device}: onnxruntime fell back to {self.provider}; check the CUDA and cuDNN libraries"
+            )
+        self._inputs = {node.name for node in self._session.get_inputs()}
+        unknown = self._inputs - {"input_ids", "attention_mask", "token_type_ids"}
+        outputs = {node.name: node for node in self._session.get_outputs()}
+        if unknown or "input_ids" not in self._inputs or "logits" not in outputs:
+            raise ModelError(
+                f"{graph}: not a token classifier: inputs {', '.join(sorted(self._inputs))}, "
+                f"outputs {', '.join(outputs)}; expected input_ids, attention_mask and logits"
+            )
+        last = outputs["logits"].shape[-1]
+        self.n_labels: int | None = last if isinstance(last, int) else None
+
+    def __call__(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Logits of a batch.
+
+        ids: int64 [n_windows, length], padded on the right; lengths: int64 [n_windows], tokens before the padding.
+        Returns float32 [n_windows, length, n_labels]; what stands at padding is undefined.
+        """
+        feeds = {"input_ids": ids}
+        if "attention_mask" in self._inputs:
+            feeds["attention_mask"] = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        if "token_type_ids" in self._inputs:
+            feeds["token_type_ids"] = np.zeros_like(ids)
+        try:
+            (logits,) = self._session.run(["logits"], feeds)
+        except Exception as exc:  # as above
+            raise ModelError(f"onnxruntime failed on a batch of {ids.shape}: {str(exc).splitlines()[0][:200]}") from exc
+        return np.asarray(logits, dtype=np.float32)
+
+
+def resolve_device(device: str) -> str:
+    """``cpu`` or ``cuda:N`` for a ``--device`` value; ``auto`` takes CUDA where onnxruntime was built with it."""
+    if device == "auto":
+        return "cuda:0" if _has_cuda() else "cpu"
+    match = _DEVICE.fullmatch(device)
+    if not match:
+        raise DeviceError(f"--device {device}: unknown; use auto, cpu, cuda or cuda:N")
+    if device == "cpu":
+        return device
+    if not _has_cuda():
+        raise DeviceError(
+            f"--device {device}: this onnxruntime has no CUDA provider; "
+            'use --device cpu, or: pip uninstall onnxruntime && pip install "medner[gpu]"'
+        )
+    return f"cuda:{match.group(1) or 0}"
+
+
+def _has_cuda() -> bool:
+    return "CUDAExecutionProvider" in _onnxruntime().get_available_providers()
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise MissingPackage(
+            'onnxruntime is not installed: pip install "medner[cpu]", or "medner[gpu]" on a machine with CUDA'
+        ) from exc
+    return onnxruntime
+
+
+def version() -> str:
+    """Version of the installed onnxruntime."""
+    return str(_onnxruntime().__version__)
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: its affinity, and the limit of its cgroup (version 2)."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(cpus, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        return max(1, cpus)
+
+
+def instruction_set() -> str:
+    """The processor's features that decide which kernels onnxruntime takes, such as ``x86_64 avx512f avx512_vnni``."""
+    machine = platform.machine().lower() or "unknown"
+    return " ".join([machine, *(flag for flag in _FEATURES if flag in _cpu_flags())])
+
+
+def has_exact_int8() -> bool:
+    """Whether 8-bit products are summed without saturation: VNNI on x86, any other architecture.
+
+    Older x86 kernels add pairs of products in 16 bits and saturate silently (onnxruntime issue 6004).
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return bool(_cpu_flags() & {"avx512_vnni", "avx_vnni"})
+
+
+_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(match.group(1).split()) if match else frozenset()

@@ -1,0 +1,705 @@
+"""Fine-tuning a token-classification model with the Hugging Face Trainer.
+
+Text becomes words and windows by :mod:`medner.windows`, exactly as in inference, so the model is trained on what it
+will see: a word's label stands on its first sub-token, and no window is longer than the one recorded with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from medner import datasets, windows
+from medner.datasets import Document, Span
+from medner.errors import InputError, MissingPackage, ModelError, OutputError, UsageError
+from medner.score import tags_of
+
+try:
+    import torch
+    import transformers
+    from seqeval.metrics.v1 import precision_recall_fscore_support
+    from seqeval.scheme import IOB2
+    from torch.utils.data import DataLoader
+    from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, Trainer, TrainingArguments
+    from transformers.trainer_callback import ProgressCallback, TrainerCallback
+except ImportError as error:
+    raise MissingPackage(f'training needs the package "{error.name}": pip install "medner[train]"') from None
+
+Ints = npt.NDArray[np.int64]
+
+#: Class index of tokens that carry no label: special tokens, and all but a word's first sub-token.
+IGNORED = -100
+
+#: Sentences of our own; what the model finds in them is printed before and after training.
+SAMPLES = (
+    "Patient with type 2 diabetes mellitus and chronic kidney disease, no history of stroke.",
+    "Mutations of BRCA1 predispose to hereditary breast and ovarian cancer.",
+    "The father had Huntington's disease; the daughter presents with migraine and mild asthma.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """What is trained on what, and how.
+
+    data: as for :func:`medner.datasets.load`; its devel split chooses the epoch. base: a checkpoint directory or hub
+    name. output: directory of the new checkpoint. labels: renaming of the data's labels. window: tokens, specials
+    included. precision: auto, fp32, bf16 or fp16. max_documents: use only so many documents of each split. resume:
+    go on from the last epoch that was saved.
+    """
+
+    data: str
+    base: str
+    output: Path
+    epochs: int = 8
+    lr: float = 1e-4
+    batch_size: int = 16
+    seed: int = 13
+    window: int = 128
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.1
+    class_weights: bool = False
+    precision: str = "auto"
+    max_documents: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` where a value lies outside its range."""
+        for name in ("epochs", "batch_size", "max_documents"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value}: at least 1 is needed")
+        if not self.lr > 0:
+            raise UsageError(f"lr {self.lr}: a positive number is needed")
+        if not 0 <= self.warmup_ratio < 1 or self.weight_decay < 0:
+            raise UsageError("warmup_ratio lies in [0, 1), weight_decay is not negative")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise UsageError(f"precision {self.precision!r}: one of auto, fp32, bf16, fp16 is needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """Figures of one epoch: mean training loss, and strict entity scores on devel as shares of one."""
+
+    epoch: int
+    training_loss: float
+    devel_loss: float
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """Where the checkpoint lies and how training went; ``best`` is the epoch whose weights were kept."""
+
+    output: Path
+    epochs: tuple[Epoch, ...]
+    best: Epoch
+    untrained: Mapping[str, float]
+    samples: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        """The summary that the command prints."""
+        lines = [f"spans before -> after training in {len(self.samples)} sample sentences:"]
+        lines += [f"  {text}\n    {_listed(before)} -> {_listed(after)}" for text, before, after in self.samples]
+        lines += [
+            f"untrained: devel F1 {self.untrained['f1']:.4f}",
+            f"best epoch {self.best.epoch} of {len(self.epochs)}: devel precision {self.best.precision:.4f}, "
+            f"recall {self.best.recall:.4f}, F1 {self.best.f1:.4f}",
+            f"{self.output}: checkpoint, metrics.json, learning_curve.png ({self.seconds:.0f} s)",
+        ]
+        return "\n".join(lines)
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """Fine-tune a model, keep the epoch with the best strict F1 on devel, and save it with its figures.
+
+    Writes into ``options.output`` a checkpoint that ``AutoModelForTokenClassification`` loads, its tokenizer,
+    ``metrics.json``, ``learning_curve.png`` and the folder ``checkpoints`` for resuming.
+
+    Raises :class:`InputError` for the data, :class:`ModelError` for the base model, :class:`OutputError` where the
+    output holds another training, and :class:`UsageError` for options that do not fit the model or the machine.
+    """
+    started = time.monotonic()
+    precision = resolve_precision(options.precision)
+    data, tags, tokenizer, encoder = _prepare(options)
+    transformers.set_seed(options.seed)
+    model = _load_model(options.base, tags)
+    _check_window(options.window, model.config, tokenizer, encoder)
+    last = _claim(options, precision)
+    encoded = {split: encode(documents, encoder, tags, options.window) for split, documents in data.items()}
+    samples = encode([Document("sample", text, ()) for text in SAMPLES], encoder, tags, options.window)
+    weights = class_weights(encoded["train"], len(tags)) if options.class_weights else None
+
+    trainer = _trainer(options, precision, model, encoded, encoder.pad_id, tags, weights)
+    untrained = _scores_of(trainer.evaluate())
+    before = _find(trainer, samples, encoder.pad_id, tags)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    after = _find(trainer, samples, encoder.pad_id, tags)
+
+    epochs = _epochs(trainer.state.log_history)
+    result = TrainResult(
+        output=options.output,
+        epochs=epochs,
+        best=max(epochs, key=lambda epoch: epoch.f1),
+        untrained=untrained,
+        samples=tuple(zip(SAMPLES, before, after, strict=True)),
+        seconds=time.monotonic() - started,
+    )
+    trainer.model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    _draw(result, options.output / "learning_curve.png")
+    _write_json(options.output / "metrics.json", _metrics(options, precision, tags, data, encoded, weights, result))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Documents as the model sees them.
+
+    inputs: for each window its token ids, and its class indices (``IGNORED`` where there is none), specials included.
+    owner: for each window the index of its document; the labelled tokens of a document's windows, in order, are its
+    words. words: for each document the code-point offsets of its words, [n_words, 2].
+    """
+
+    documents: Sequence[Document]
+    inputs: list[dict[str, list[int]]]
+    owner: list[int]
+    words: list[Ints]
+
+
+def encode(documents: Sequence[Document], encoder: windows.WordTokenizer, tags: Sequence[str], window: int) -> Encoded:
+    """Cut documents into windows of at most ``window`` tokens with a label on each word's first sub-token.
+
+    Words that share a token count as one. Of tokens that two windows share, each is labelled in the window that
+    answers for it.
+    """
+    capacity = window - len(encoder.prefix) - len(encoder.suffix)
+    index = {tag: i for i, tag in enumerate(tags)}
+    bounds = [_segment_bounds(document.text) for document in documents]
+    pairs = [(d, low, high) for d, edges in enumerate(bounds) for low, high in pairwise(edges)]
+    tokens = encoder.tokenize([documents[d].text[low:high] for d, low, high in pairs])
+    encoded = Encoded(documents, [], [], [])
+    first = 0
+    for number, document in enumerate(documents):
+        last = first + len(bounds[number]) - 1
+        words, word_token = _words(tokens, first, last, bounds[number])
+        encoded.words.append(words)
+        begin = tokens.bounds[first]
+        labels = np.full(tokens.bounds[last] - begin, IGNORED)
+        labels[word_token - begin] = [index[tag] for tag in _word_tags(words, document.spans)]
+        for part in windows.pack(tokens.bounds, first, last, capacity):
+            inside = np.full(part.end - part.start, IGNORED)
+            inside[part.own_start - part.start : part.own_end - part.start] = labels[
+                part.own_start - begin : part.own_end - begin
+            ]
+            ids = [*encoder.prefix, *tokens.ids[part.start : part.end].tolist(), *encoder.suffix]
+            marks = [*[IGNORED] * len(encoder.prefix), *inside.tolist(), *[IGNORED] * len(encoder.suffix)]
+            encoded.inputs.append({"input_ids": ids, "labels": marks})
+            encoded.owner.append(number)
+        first = last
+    return encoded
+
+
+def _segment_bounds(text: str) -> list[int]:
+    bounds = [0]
+    for start, end in windows.pieces(text):
+        bounds += [start + bound for bound in windows.segments(text[start:end])[1:]]
+    return bounds
+
+
+def _words(tokens: windows.Tokens, first: int, last: int, bounds: Sequence[int]) -> tuple[Ints, Ints]:
+    """Words of the segments ``first:last``: offsets in the document, [n_words, 2], and their tokens, [n_words]."""
+    chars = [tokens.chars(segment) + start for segment, start in zip(range(first, last), bounds, strict=False)]
+    words = np.concatenate([np.zeros((0, 2), dtype=np.int64), *chars])
+    word_token, begins = np.unique(
+        tokens.word_token[tokens.word_bounds[first] : tokens.word_bounds[last]], return_index=True
+    )
+    ends = np.append(begins, len(words))[1:] - 1
+    return np.stack([words[begins, 0], words[ends, 1]], axis=1), word_token
+
+
+def _word_tags(words: Ints, spans: Iterable[Span]) -> list[str]:
+    """IOB2 tags of words: each word that overlaps a span belongs to it, the first to ``B-``; earlier spans win."""
+    tags = ["O"] * len(words)
+    free = 0
+    for start, end, label in spans:
+        first = max(free, int(np.searchsorted(words[:, 1], start, side="right")))
+        free = max(first, int(np.searchsorted(words[:, 0], end, side="left")))
+        tags[first:free] = [f"{'I' if word > first else 'B'}-{label}" for word in range(first, free)]
+    return tags
+
+
+def class_weights(encoded: Encoded, n_tags: int) -> npt.NDArray[np.float64]:
+    """Weight of each class, [n_tags]: words / (classes * words of the class), 0 for a class that never occurs.
+
+    The ``balanced`` heuristic of scikit-learn, after King and Zeng (2001), over words instead of samples.
+    """
+    marks = np.fromiter(chain.from_iterable(item["labels"] for item in encoded.inputs), dtype=np.int64)
+    counts = np.bincount(marks[marks != IGNORED], minlength=n_tags)
+    return np.where(counts > 0, counts.sum() / (n_tags * np.maximum(counts, 1)), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One token of a training example; ``word``, ``tag`` and ``label_id`` only where a word begins."""
+
+    token: str
+    word: str | None
+    tag: str | None
+    label_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """Training examples as the model gets them, and the balanced weight of each tag."""
+
+    examples: tuple[tuple[Labelled, ...], ...]
+    class_weights: Mapping[str, float]
+
+    def __str__(self) -> str:
+        """A table for each example: token, word, tag, label id."""
+        lines = []
+        for number, example in enumerate(self.examples):
+            lines.append(f"example {number}: {len(example)} tokens")
+            width = max(len(row.token) for row in example)
+            lines += [
+                f"  {row.token:<{width}}  {row.label_id:>4}  {row.tag or '':<16}  {row.word or ''}".rstrip()
+                for row in example
+            ]
+        lines += ["class weights (balanced):", *(f"  {tag:<16}  {w:.4f}" for tag, w in self.class_weights.items())]
+        return "\n".join(lines)
+
+
+def inspect(options: TrainOptions, n: int = 3) -> Inspection:
+    """Show how the first ``n`` training documents are tokenized and labelled, without training or loading weights.
+
+    Raises as :func:`train` does for data and tokenizer.
+    """
+    data, tags, tokenizer, encoder = _prepare(options)
+    encoded = encode(data["train"], encoder, tags, options.window)
+    words = {
+        number: iter(_texts(encoded.documents[number].text, encoded.words[number]))
+        for number in range(min(n, len(encoded.documents)))
+    }
+    shown = []
+    for owner, item in zip(encoded.owner, encoded.inputs, strict=True):
+        if owner not in words:
+            break
+        names = tokenizer.convert_ids_to_tokens(item["input_ids"])
+        rows = []
+        for name, mark in zip(names, item["labels"], strict=True):
+            labelled = mark != IGNORED
+            rows.append(
+                Labelled(name, next(words[owner]) if labelled else None, tags[mark] if labelled else None, mark)
+            )
+        shown.append(tuple(rows))
+    weights = class_weights(encoded, len(tags))
+    return Inspection(tuple(shown), dict(zip(tags, weights.tolist(), strict=True)))
+
+
+def _texts(text: str, offsets: Ints) -> list[str]:
+    return [text[start:end] for start, end in offsets.tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes in
+
+
+def resolve_precision(precision: str) -> str:
+    """The number format of training: ``auto`` is bf16 where the device computes in it, else fp16 on CUDA, else fp32.
+
+    Raises :class:`UsageError` for fp16 on a CPU, where it is slower than fp32.
+    """
+    cuda = torch.cuda.is_available()
+    if precision == "fp16" and not cuda:
+        raise UsageError("precision fp16 needs a CUDA device; use bf16 or fp32")
+    if precision != "auto":
+        return precision
+    if cuda:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "fp32"
+
+
+def _prepare(
+    options: TrainOptions,
+) -> tuple[dict[str, list[Document]], list[str], Any, windows.WordTokenizer]:
+    """Documents by split, tags by class index, the tokenizer as transformers and as medner has it."""
+    data = {
+        split: datasets.load(options.data, split, options.labels)[: options.max_documents]
+        for split in ("train", "devel")
+    }
+    labels = datasets.labels_of(data["train"])
+    if not labels:
+        raise InputError(f"{options.data}: the train split has no labelled span")
+    unseen = sorted(set(datasets.labels_of(data["devel"])) - set(labels))
+    if unseen and options.max_documents is None:
+        raise InputError(f"{options.data}: devel has the label {unseen[0]}, which train has not; rename it")
+    tags = ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BI")]
+    # Of a slice, devel may hold labels that the model does not know; they cannot be scored.
+    data["devel"] = [replace(d, spans=tuple(s for s in d.spans if s[2] in labels)) for d in data["devel"]]
+    tokenizer = _load_tokenizer(options.base)
+    encoder = windows.WordTokenizer(tokenizer.backend_tokenizer.to_str())
+    return data, tags, tokenizer, encoder
+
+
+@contextmanager
+def _base_errors(base: str) -> Any:
+    """Silence the loader's advice about the new head, and turn its errors into one line."""
+    if Path(base).expanduser().exists() and not (Path(base).expanduser() / "config.json").is_file():
+        raise ModelError(f"{base}: no config.json in it; name the directory of a checkpoint")
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"{base}: cannot be loaded as a base model ({reason[:200].rstrip('.')});\n"
+            "name a checkpoint directory, or a hub model where the network allows it"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _load_tokenizer(base: str) -> Any:
+    with _base_errors(base):
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(base).expanduser()), use_fast=True)
+    if not tokenizer.is_fast:
+        raise ModelError(f"{base}: has no fast tokenizer; a tokenizer.json is needed")
+    return tokenizer
+
+
+def _load_model(base: str, tags: Sequence[str]) -> Any:
+    with _base_errors(base):
+        path = str(Path(base).expanduser())
+        config = AutoConfig.from_pretrained(
+            path, num_labels=len(tags), id2label=dict(enumerate(tags)), label2id={tag: i for i, tag in enumerate(tags)}
+        )
+        # A base that was fine-tuned for other labels gets a new head.
+        return AutoModelForTokenClassification.from_pretrained(
+            path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+
+
+def _check_window(window: int, config: Any, tokenizer: Any, encoder: windows.WordTokenizer) -> None:
+    limit = min(getattr(config, "max_position_embeddings", None) or sys.maxsize, tokenizer.model_max_length)
+    least = len(encoder.prefix) + len(encoder.suffix) + 1
+    if not least <= window <= limit:
+        raise UsageError(f"window {window}: this model takes {least} to {limit} tokens")
+
+
+def _claim(options: TrainOptions, precision: str) -> Path | None:
+    """Make the output directory or check that it holds this training; its last whole checkpoint if there is one."""
+    wanted = {**_plain_options(options), "precision": precision, "versions": _versions()}
+    note = options.output / "checkpoints" / "options.json"
+    try:
+        if not options.output.exists() or not any(options.output.iterdir()):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            _write_json(note, wanted)
+            return None
+        if not options.resume:
+            raise OutputError(f"{options.output}: is not empty; resume the training in it or name a new directory")
+        if not note.is_file():
+            raise OutputError(f"{options.output}: holds no training to resume; name a new directory")
+        found = json.loads(note.read_text(encoding="utf-8"))
+        changed = next((name for name in wanted if found.get(name) != wanted[name]), None)
+        if changed:
+            raise OutputError(
+                f"{options.output}: {changed} was {found.get(changed)} and is now {wanted[changed]}; "
+                "resume with what it began with, or name a new directory"
+            )
+    except OSError as error:
+        raise OutputError(f"{options.output}: cannot be written ({error.strerror})") from error
+    # The trainer writes its state last: a checkpoint without it was cut off.
+    whole = [path.parent for path in note.parent.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """The Trainer with class weights, and devel windows in batches of similar length in a fixed order."""
+
+    def __init__(self, *args: Any, weights: npt.NDArray[np.float64] | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross entropy over labelled tokens, weighted by class where weights were given."""
+        if self._weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        logits = outputs.logits.float()
+        loss = torch.nn.functional.cross_entropy(
+            logits.view(-1, logits.shape[-1]),
+            inputs["labels"].view(-1),
+            weight=self._weights.to(logits.device),
+            ignore_index=IGNORED,
+        )
+        return (loss, outputs) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches in the order given; with length grouping the Trainer would shuffle devel as well."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
+class _EpochLines(TrainerCallback):  # type: ignore[misc]
+    """One line an epoch on standard error."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Print the epoch's figures once its evaluation is there; the untrained model's has no epoch."""
+        if "eval_f1" not in logs or "epoch" not in logs:
+            return
+        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), float("nan"))
+        tqdm.write(
+            f"epoch {logs['epoch']:.0f}: training loss {loss:.4f}, devel precision {logs['eval_precision']:.4f}, "
+            f"recall {logs['eval_recall']:.4f}, F1 {logs['eval_f1']:.4f}",
+            file=sys.stderr,
+        )
+
+
+class _Bar(ProgressCallback):  # type: ignore[misc]
+    """The Trainer's live bar without its dictionaries on standard output."""
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        """Print nothing; the epoch's line says it."""
+
+
+def _trainer(
+    options: TrainOptions,
+    precision: str,
+    model: Any,
+    encoded: Mapping[str, Encoded],
+    pad_id: int,
+    tags: Sequence[str],
+    weights: npt.NDArray[np.float64] | None,
+) -> _Trainer:
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(options.output / "checkpoints"),
+        num_train_epochs=options.epochs,
+        learning_rate=options.lr,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=4 * options.batch_size,
+        weight_decay=options.weight_decay,
+        warmup_ratio=options.warmup_ratio,
+        lr_scheduler_type="linear",
+        seed=options.seed,
+        data_seed=options.seed,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        group_by_length=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="f1",
+        greater_is_better=True,
+        report_to=[],
+        disable_tqdm=False,
+    )
+    devel = encoded["devel"]
+    order = sorted(range(len(devel.inputs)), key=lambda i: len(devel.inputs[i]["input_ids"]))
+    back = np.argsort(order)
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=encoded["train"].inputs,
+        eval_dataset=[devel.inputs[i] for i in order],
+        data_collator=_collator(pad_id),
+        preprocess_logits_for_metrics=lambda logits, _: logits.argmax(dim=-1),
+        compute_metrics=lambda output: _strict(devel, np.asarray(output.predictions)[back], tags),
+        weights=weights,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_EpochLines())
+    if sys.stderr.isatty():
+        trainer.add_callback(_Bar())
+    return trainer
+
+
+def _collator(pad_id: int) -> Callable[[Sequence[Mapping[str, list[int]]]], dict[str, Any]]:
+    def collate(items: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+        length = windows.padded_length(max(len(item["input_ids"]) for item in items))
+        ids = torch.full((len(items), length), pad_id)
+        mask = torch.zeros((len(items), length), dtype=torch.long)
+        labels = torch.full((len(items), length), IGNORED)
+        for row, item in enumerate(items):
+            n = len(item["input_ids"])
+            ids[row, :n] = torch.tensor(item["input_ids"])
+            mask[row, :n] = 1
+            labels[row, :n] = torch.tensor(item["labels"])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    return collate
+
+
+def _decode(encoded: Encoded, predicted: Iterable[npt.NDArray[Any]], tags: Sequence[str]) -> list[list[Span]]:
+    """Spans of each document in code points, from the class index of each token of each window."""
+    found: list[list[str]] = [[] for _ in encoded.documents]
+    for owner, item, classes in zip(encoded.owner, encoded.inputs, predicted, strict=True):
+        marks = np.array(item["labels"])
+        found[owner] += [tags[i] for i in classes[: len(marks)][marks != IGNORED].tolist()]
+    return [
+        [(int(words[first, 0]), int(words[last - 1, 1]), label) for first, last, label in datasets.entities(sequence)]
+        for words, sequence in zip(encoded.words, found, strict=True)
+    ]
+
+
+def _strict(encoded: Encoded, predicted: Iterable[npt.NDArray[Any]], tags: Sequence[str]) -> dict[str, float]:
+    """Strict micro precision, recall and F1 by seqeval, on the data set's own tokens, else on words."""
+    gold, found = [], []
+    for document, words, spans in zip(encoded.documents, encoded.words, _decode(encoded, predicted, tags), strict=True):
+        if document.tokens is None:
+            document = replace(document, tokens=tuple((a, b) for a, b in words.tolist()))
+        gold.append(tags_of(document, document.spans))
+        found.append(tags_of(document, spans))
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        gold, found, average="micro", scheme=IOB2, zero_division=0
+    )
+    return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
+
+
+def _find(trainer: _Trainer, encoded: Encoded, pad_id: int, tags: Sequence[str]) -> list[tuple[str, ...]]:
+    """Spans that the model finds now, as ``text [label]``, for each document."""
+    model = trainer.model.eval()
+    batch = _collator(pad_id)(encoded.inputs)
+    del batch["labels"]
+    with torch.inference_mode():
+        logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
+    predicted = list(logits.argmax(dim=-1).cpu().numpy())
+    return [
+        tuple(f"{document.text[start:end]} [{label}]" for start, end, label in spans)
+        for document, spans in zip(encoded.documents, _decode(encoded, predicted, tags), strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes out
+
+
+def _scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: metrics[f"eval_{name}"] for name in ("loss", "precision", "recall", "f1")}
+
+
+def _epochs(history: Sequence[Mapping[str, Any]]) -> tuple[Epoch, ...]:
+    losses = {round(entry["epoch"]): entry["loss"] for entry in history if "loss" in entry}
+    scored = {round(entry["epoch"]): entry for entry in history if "eval_f1" in entry}
+    return tuple(
+        Epoch(n, losses[n], *(scored[n][f"eval_{name}"] for name in ("loss", "precision", "recall", "f1")))
+        for n in sorted(losses.keys() & scored.keys())
+    )
+
+
+def _plain_options(options: TrainOptions) -> dict[str, Any]:
+    """The options that decide what is trained, for JSON."""
+    plain = asdict(options)
+    del plain["resume"]
+    return {**plain, "output": str(options.output)}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("medner", "torch", "transformers", "tokenizers", "accelerate", "seqeval", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _metrics(
+    options: TrainOptions,
+    precision: str,
+    tags: Sequence[str],
+    data: Mapping[str, Sequence[Document]],
+    encoded: Mapping[str, Encoded],
+    weights: npt.NDArray[np.float64] | None,
+    result: TrainResult,
+) -> dict[str, Any]:
+    return {
+        "options": _plain_options(options),
+        "precision": precision,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": _versions(),
+        "window": options.window,
+        "tags": list(tags),
+        "data": {
+            split: {
+                "documents": len(documents),
+                "spans": sum(len(document.spans) for document in documents),
+                "words": sum(len(words) for words in encoded[split].words),
+                "windows": len(encoded[split].inputs),
+            }
+            for split, documents in data.items()
+        },
+        "class_weights": None if weights is None else dict(zip(tags, weights.tolist(), strict=True)),
+        "scoring": "strict entities, seqeval mode strict, IOB2, on the data set's tokens (else on words), "
+        "in the precision of training",
+        "untrained": dict(result.untrained),
+        "epochs": [asdict(epoch) for epoch in result.epochs],
+        "best": asdict(result.best),
+        "samples": [
+            {"text": text, "before": list(before), "after": list(after)} for text, before, after in result.samples
+        ],
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _draw(result: TrainResult, path: Path) -> None:
+    """Draw training loss and devel F1 by epoch, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    numbers = [epoch.epoch for epoch in result.epochs]
+    losses = figure.add_subplot()
+    losses.set(xlabel="epoch", ylabel="training loss", xticks=numbers)
+    scores = losses.twinx()
+    scores.set(ylabel="devel F1 (strict)", ylim=(0, 1))
+    lines = [
+        *losses.plot(numbers, [epoch.training_loss for epoch in result.epochs], "o-", color="tab:orange"),
+        *scores.plot([0, *numbers], [result.untrained["f1"], *(e.f1 for e in result.epochs)], "s-", color="tab:blue"),
+        scores.axvline(result.best.epoch, color="tab:blue", linestyle=":", linewidth=1),
+    ]
+    losses.legend(lines, ["training loss", "devel F1 (0: untrained)", "best epoch"], loc="center right")
+    figure.savefig(path, dpi=120)
+
+
+def _listed(spans: Sequence[str]) -> str:
+    return ", ".join(spans) or "none"

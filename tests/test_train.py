@@ -1,0 +1,366 @@
+"""Fine-tuning: words and labels as in inference, the best epoch on devel kept, resumable, its figures beside it."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("seqeval")
+
+from medner import train as training  # noqa: E402
+from medner.datasets import Document, entities, load  # noqa: E402
+from medner.errors import InputError, ModelError, OutputError, UsageError  # noqa: E402
+from medner.score import evaluate, tags_of  # noqa: E402
+from medner.train import IGNORED, TrainOptions, class_weights, encode, inspect, resolve_precision, train  # noqa: E402
+from medner.windows import WordTokenizer  # noqa: E402
+
+# The Trainer distrusts file times where two epochs end within a second, as these tiny ones do.
+pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable on this filesystem:UserWarning")
+
+PIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] the patient has no gout ##y x - linked ' s pain knee ankle left right . , ( )"
+TAGS = ["O", "B-Problem", "I-Problem", "B-Site", "I-Site"]
+
+
+def sentence(rng: random.Random) -> str:
+    """A sentence of two entity types in CoNLL lines; one token holds punctuation."""
+    site = rng.choice(["knee\tB-Site", "left\tB-Site\nankle\tI-Site", "right\tB-Site\nknee\tI-Site"])
+    problem = rng.choice(
+        ["gouty\tB-Problem\npain\tI-Problem", "x-linked\tB-Problem\npain\tI-Problem", "gout\tB-Problem"]
+    )
+    negation = rng.choice(["no\tO\n", ""])
+    return f"the\tO\npatient\tO\nhas\tO\n{negation}{site}\n{problem}\n.\tO\n"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CoNLL directory with 48 training and 12 devel sentences, and no test file."""
+    path = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    for split, count in (("train", 48), ("devel", 12)):
+        (path / f"{split}.tsv").write_text("\n".join(sentence(rng) for _ in range(count)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of 2 layers and 32 dimensions with random weights, and its WordPiece tokenizer."""
+    path = tmp_path_factory.mktemp("base")
+    (path / "vocab.txt").write_text("\n".join(PIECES.split()))
+    tokenizer = transformers.BertTokenizerFast(vocab_file=str(path / "vocab.txt"), model_max_length=64)
+    tokenizer.save_pretrained(path)
+    transformers.set_seed(1)
+    config = transformers.BertConfig(
+        vocab_size=len(PIECES.split()), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.BertForTokenClassification(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(base: Path) -> WordTokenizer:
+    """The words and tokens of the tiny model."""
+    return WordTokenizer((base / "tokenizer.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def options(data: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainOptions:
+    """Two epochs on the small data set, long enough to learn it in part."""
+    output = tmp_path_factory.mktemp("out") / "model"
+    return TrainOptions(
+        str(data), str(base), output, epochs=2, lr=5e-3, batch_size=4, window=32, precision="fp32", warmup_ratio=0.0
+    )
+
+
+@pytest.fixture(scope="module")
+def result(options: TrainOptions) -> training.TrainResult:
+    """One whole training."""
+    return train(options)
+
+
+def weights_of(path: Path) -> dict[str, Any]:
+    """The weights of a checkpoint by name."""
+    model = transformers.AutoModelForTokenClassification.from_pretrained(path)
+    return dict(model.state_dict())
+
+
+def test_a_label_stands_on_the_first_sub_token_of_each_word(encoder: WordTokenizer) -> None:
+    """Worked by hand: in "x-linked" each of the words x, -, linked is labelled; of gout ##y only gout is."""
+    text = "no x-linked gouty pain"
+    encoded = encode([Document("a", text, ((3, 17, "Problem"),))], encoder, TAGS, 32)
+    vocabulary = PIECES.split()
+    (item,) = encoded.inputs
+    assert " ".join(vocabulary[i] for i in item["input_ids"]) == "[CLS] no x - linked gout ##y pain [SEP]"
+    assert item["labels"] == [-100, 0, 1, 2, 2, 2, -100, 0, -100]
+    assert [text[a:b] for a, b in encoded.words[0].tolist()] == ["no", "x", "-", "linked", "gouty", "pain"]
+
+
+def test_spans_that_touch_and_spans_inside_a_word(encoder: WordTokenizer) -> None:
+    """A word that a span only touches belongs to it; spans that follow each other each begin with B-."""
+    spans = ((0, 4, "Site"), (5, 7, "Problem"), (8, 10, "Problem"))
+    encoded = encode([Document("a", "knee gouty pain", spans)], encoder, TAGS, 32)
+    # Two spans share the word "gouty": the earlier one has it.
+    assert encoded.inputs[0]["labels"] == [-100, 3, 1, -100, 0, -100]
+
+
+@pytest.mark.parametrize("window", [8, 11, 64])
+def test_every_word_is_labelled_once_whatever_the_window(encoder: WordTokenizer, window: int) -> None:
+    """A long sentence is cut with overlap; its words keep one label each, and the labels give the spans back."""
+    text = "the patient has gouty pain " * 5 + ". no pain ."
+    spans = tuple((16 + 27 * i, 26 + 27 * i, "Problem") for i in range(5))
+    documents = [Document("a", text, spans), Document("b", "", ()), Document("c", " ", ()), Document("d", text, spans)]
+    encoded = encode(documents, encoder, TAGS, window)
+    assert max(len(item["input_ids"]) for item in encoded.inputs) <= window
+    assert (len(encoded.inputs) > 2) == (window < 64)
+    for number, document in enumerate(documents):
+        items = [item for owner, item in zip(encoded.owner, encoded.inputs, strict=True) if owner == number]
+        marks = [mark for item in items for mark in item["labels"] if mark != IGNORED]
+        words = encoded.words[number].tolist()
+        assert len(marks) == len(words)
+        found = [(words[a][0], words[b - 1][1], label) for a, b, label in entities([TAGS[mark] for mark in marks])]
+        assert tuple(found) == document.spans
+
+
+def test_class_weights_are_balanced(encoder: WordTokenizer) -> None:
+    """Words / (classes * words of the class), by hand: 4 words, 5 classes; absent classes weigh nothing."""
+    encoded = encode([Document("a", "knee has gouty pain", ((10, 20, "Problem"),))], encoder, TAGS, 32)
+    assert class_weights(encoded, 5).tolist() == pytest.approx([4 / (5 * 2), 4 / 5, 4 / 5, 0, 0])
+
+
+def test_the_checkpoint_loads_and_knows_its_labels(result: training.TrainResult) -> None:
+    """The output is a checkpoint as transformers writes it, with names for its classes and a fast tokenizer."""
+    model = transformers.AutoModelForTokenClassification.from_pretrained(result.output)
+    assert [model.config.id2label[i] for i in range(5)] == TAGS
+    assert model.config.label2id == {tag: i for i, tag in enumerate(TAGS)}
+    assert transformers.AutoTokenizer.from_pretrained(result.output).is_fast
+    assert (result.output / "tokenizer.json").is_file()
+
+
+def test_devel_scores_are_those_of_the_saved_weights(result: training.TrainResult, data: Path) -> None:
+    """Run anew with transformers alone, token by token as its own recipe does, the checkpoint scores the same."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(result.output)
+    model = transformers.AutoModelForTokenClassification.from_pretrained(result.output).eval()
+    documents = load(str(data), "devel")
+    found = []
+    for document in documents:
+        assert document.tokens is not None
+        words = [document.text[a:b] for a, b in document.tokens]
+        encoding = tokenizer(words, is_split_into_words=True, return_tensors="pt")
+        with torch.inference_mode():
+            classes = model(**encoding).logits[0].argmax(-1).tolist()
+        tags = [TAGS[classes[encoding.word_to_tokens(0, i).start]] for i in range(len(words))]
+        spans = entities(tags)
+        found.append([(document.tokens[a][0], document.tokens[b - 1][1], label) for a, b, label in spans])
+        assert tags_of(document, found[-1]).count("O") == tags.count("O")
+    overall = evaluate(documents, found).overall
+    assert (overall.precision, overall.recall, overall.f1) == pytest.approx(
+        (result.best.precision, result.best.recall, result.best.f1)
+    )
+
+
+def test_figures_are_written_beside_the_checkpoint(result: training.TrainResult, options: TrainOptions) -> None:
+    """metrics.json names options, versions, counts, epochs, the untrained baseline and samples; the curve is a PNG."""
+    metrics = json.loads((result.output / "metrics.json").read_text())
+    assert metrics["options"]["lr"] == options.lr
+    assert metrics["window"] == 32
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["data"]["train"]["documents"] == metrics["data"]["train"]["windows"] == 48
+    devel = metrics["data"]["devel"]
+    assert (devel["documents"], devel["spans"], devel["windows"]) == (12, 24, 12)
+    assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2]
+    assert metrics["epochs"][1]["training_loss"] < metrics["epochs"][0]["training_loss"]
+    assert metrics["best"]["f1"] == max(epoch["f1"] for epoch in metrics["epochs"]) > metrics["untrained"]["f1"]
+    assert [sample["text"] for sample in metrics["samples"]] == list(training.SAMPLES)
+    assert (result.output / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(result.output.glob("*.tmp"))
+    assert str(result).splitlines()[-1].startswith(f"{result.output}: checkpoint, metrics.json, learning_curve.png")
+
+
+def test_a_resumed_training_ends_as_one_that_was_not_cut_off(
+    result: training.TrainResult, options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its first epoch and resumed, a seed gives the same weights and figures; a third call too."""
+    cut = replace(options, output=tmp_path / "cut", resume=True)
+
+    def interrupt(self: object, args: object, state: Any, control: object, **kwargs: object) -> None:
+        if state.epoch >= 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._EpochLines, "on_epoch_begin", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    (checkpoint,) = (cut.output / "checkpoints").glob("checkpoint-*")
+    # A checkpoint whose writing was cut off has no state yet, and is passed over.
+    (checkpoint.parent / "checkpoint-24").mkdir()
+    begun: list[float] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training._EpochLines, "on_epoch_begin", lambda *args, **_: begun.append(args[2].epoch), raising=False
+        )
+        resumed = train(cut)
+    assert begun == [1]
+    assert resumed.epochs == result.epochs
+    assert resumed.best == result.best
+    expected, found = weights_of(result.output), weights_of(cut.output)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+    again = train(cut)
+    assert (again.epochs, again.best, again.samples) == (resumed.epochs, resumed.best, resumed.samples)
+    found = weights_of(cut.output)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_another_training_is_not_overwritten(result: training.TrainResult, options: TrainOptions) -> None:
+    """A directory that is in use is refused; resuming with other options names the first that differs."""
+    with pytest.raises(OutputError) as error:
+        train(options)
+    assert str(error.value) == (f"{options.output}: is not empty; resume the training in it or name a new directory")
+    with pytest.raises(OutputError) as error:
+        train(replace(options, resume=True, lr=1e-3))
+    assert str(error.value) == (
+        f"{options.output}: lr was 0.005 and is now 0.001; resume with what it began with, or name a new directory"
+    )
+    with pytest.raises(OutputError, match="holds no training to resume"):
+        train(replace(options, resume=True, output=Path(options.data)))
+
+
+def test_class_weights_change_the_training(
+    result: training.TrainResult, options: TrainOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With class weights the loss is another one; they are recorded, and standard output stays empty."""
+    weighted = train(replace(options, output=tmp_path / "weighted", epochs=1, class_weights=True, max_documents=16))
+    metrics = json.loads((weighted.output / "metrics.json").read_text())
+    assert metrics["data"]["train"]["documents"] == 16
+    assert list(metrics["class_weights"]) == TAGS
+    assert metrics["class_weights"]["O"] < min(metrics["class_weights"][tag] for tag in TAGS[1:4])
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "epoch 1: training loss" in output.err
+
+
+def test_the_weighted_loss_is_that_of_torch(options: TrainOptions) -> None:
+    """Hand-worked: two labelled tokens of weights 1 and 3 with losses a and b give (a + 3 b) / 4."""
+    trainer = object.__new__(training._Trainer)
+    trainer._weights = torch.tensor([1.0, 3.0])
+    logits = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [9.0, 9.0]]])
+
+    def model(input_ids: object) -> Any:
+        return transformers.modeling_outputs.TokenClassifierOutput(logits=logits)
+
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[0, 1, IGNORED]])}
+    first, second = np.log1p(np.exp(-2.0)), np.log1p(np.exp(1.0))
+    loss = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(2))
+    assert float(loss) == pytest.approx((first + 3 * second) / 4)
+
+
+def test_inspect_shows_tokens_words_tags_and_weights(options: TrainOptions, tmp_path: Path) -> None:
+    """The whole table for one example; nothing is trained and no weights are loaded."""
+    for split in ("train", "devel"):
+        (tmp_path / f"{split}.tsv").write_text("no\tO\nx-linked\tB-Problem\ngouty\tI-Problem\n\npain\tB-Site\n")
+    shown = inspect(replace(options, data=str(tmp_path)), 1)
+    assert str(shown) == (
+        "example 0: 8 tokens\n"
+        "  [CLS]   -100\n"
+        "  no         0  O                 no\n"
+        "  x          1  B-Problem         x\n"
+        "  -          2  I-Problem         -\n"
+        "  linked     2  I-Problem         linked\n"
+        "  gout       2  I-Problem         gouty\n"
+        "  ##y     -100\n"
+        "  [SEP]   -100\n"
+        "class weights (balanced):\n"
+        "  O                 1.2000\n"
+        "  B-Problem         1.2000\n"
+        "  I-Problem         0.4000\n"
+        "  B-Site            1.2000\n"
+        "  I-Site            0.0000"
+    )
+
+
+def test_untokenized_documents_are_trained_on_in_packed_windows(options: TrainOptions, tmp_path: Path) -> None:
+    """Notes with spans as JSONL: segments are packed, scores are by words, labels may be renamed."""
+    note = {
+        "text": "the patient has gouty pain. no knee pain.\n\nthe left ankle",
+        "spans": [[16, 26, "a"], [31, 40, "b"]],
+    }
+    for split in ("train", "devel"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(note) + "\n")
+    trained = train(
+        replace(options, data=str(tmp_path), output=tmp_path / "out", epochs=1, labels={"*": "Problem"}, window=24)
+    )
+    metrics = json.loads((trained.output / "metrics.json").read_text())
+    assert metrics["data"]["train"] == {"documents": 1, "spans": 2, "words": 13, "windows": 1}
+    assert metrics["tags"] == ["O", "B-Problem", "I-Problem"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs 0: at least 1 is needed"),
+        ({"lr": 0.0}, "lr 0.0: a positive number is needed"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio lies in [0, 1), weight_decay is not negative"),
+        ({"precision": "int8"}, "precision 'int8': one of auto, fp32, bf16, fp16 is needed"),
+    ],
+)
+def test_options_out_of_range(options: TrainOptions, change: dict[str, Any], message: str) -> None:
+    """Options are checked when they are made."""
+    with pytest.raises(UsageError) as error:
+        replace(options, **change)
+    assert str(error.value) == message
+
+
+def test_precision_fits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA auto is bf16 where the device has it, else fp16; on a CPU bf16 or fp32, and fp16 is refused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for able, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)  # noqa: ARG005
+        assert resolve_precision("auto") == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for able, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}, raising=False)
+        assert resolve_precision("auto") == expected
+    assert resolve_precision("fp32") == "fp32"
+    with pytest.raises(UsageError, match="precision fp16 needs a CUDA device"):
+        resolve_precision("fp16")
+
+
+def test_unusable_bases_and_data(options: TrainOptions, base: Path, tmp_path: Path) -> None:
+    """A missing or foreign base is one of ModelError in two lines; nothing is left in the output."""
+    fresh = replace(options, output=tmp_path / "out")
+    with pytest.raises(ModelError) as error:
+        train(replace(fresh, base=str(tmp_path)))
+    assert str(error.value) == f"{tmp_path}: no config.json in it; name the directory of a checkpoint"
+    with pytest.raises(ModelError) as error:
+        train(replace(fresh, base="/nowhere/model"))
+    assert str(error.value).startswith("/nowhere/model: cannot be loaded as a base model (")
+    assert len(str(error.value).splitlines()) == 2
+    with pytest.raises(UsageError) as usage:
+        train(replace(fresh, window=65))
+    assert str(usage.value) == "window 65: this model takes 3 to 64 tokens"
+    (tmp_path / "train.tsv").write_text("a\tO\n")
+    (tmp_path / "devel.tsv").write_text("a\tB-X\n")
+    with pytest.raises(InputError, match="the train split has no labelled span"):
+        train(replace(fresh, data=str(tmp_path)))
+    (tmp_path / "train.tsv").write_text("a\tB-Y\n")
+    with pytest.raises(InputError, match="devel has the label X, which train has not; rename it"):
+        train(replace(fresh, data=str(tmp_path)))
+    assert not fresh.output.exists()
+
+
+def test_a_fast_tokenizer_is_needed(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer without offsets cannot be trained on."""
+
+    class Slow:
+        is_fast = False
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: Slow())
+    with pytest.raises(ModelError) as error:
+        inspect(options)
+    assert str(error.value) == f"{options.base}: has no fast tokenizer; a tokenizer.json is needed"
