@@ -282,6 +282,28 @@ def _check_hash(path: Path, name: str, digest: str) -> None:
         )
 
 
+def describe(bundle: Bundle) -> str:
+    """What a bundle holds, for a person."""
+    lines = [
+        f"{bundle.name} ({bundle.path})",
+        f"labels    {', '.join(bundle.labels)}",
+        f"window    {bundle.window} tokens" + (", not recorded by the model" if bundle.foreign else ""),
+    ]
+    for precision, variant in bundle.variants.items():
+        lines.append(f"{precision:<9} {variant.file}, {variant.bytes / 1e6:.1f} MB, SHA-256 {variant.sha256[:16]}...")
+    if bundle.card.get("licence"):
+        lines.append(f"licence   {bundle.card['licence']}")
+    for name, scores in (bundle.card.get("scores") or {}).items():
+        overall = scores["overall"]
+        lines.append(
+            f"score     {name}: F1 {overall['f1']:.4f} (95 % interval {overall['low']:.4f} to {overall['high']:.4f})"
+        )
+    parity = bundle.card.get("parity") or {}
+    for precision, result in (parity.get("variants") or {}).items():
+        lines.append(f"parity    {precision}: {result['agreement']:.2%} of spans equal PyTorch's on {parity['data']}")
+    return "\n".join(lines)
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with path.open("rb") as file:

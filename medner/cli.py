@@ -17,7 +17,13 @@ from medner.errors import MednerError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
-_data = click.option("--data", required=True, metavar="NAME|PATH", help="CoNLL, PubTator or JSONL, or a hub data set.")
+_data = click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    metavar="NAME|PATH",
+    help="Labelled data: CoNLL, PubTator, JSONL, hub data set; repeatable.",
+)
 
 
 @click.group(context_settings=_CONTEXT)
@@ -90,6 +96,123 @@ def annotate(**given: Any) -> None:
     manifest = run.run(options)
     if not given["quiet"]:
         click.echo(run.summary(manifest), err=given["output"] == "-")
+
+
+@cli.command()
+@_data
+@click.option("--base", required=True, metavar="CHECKPOINT", help="Directory or hub name of a pretrained model.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the new checkpoint.")
+@click.option("--epochs", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--lr", type=float, default=1e-4, show_default=True, help="Peak learning rate; it decays linearly.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Windows of one step.")
+@click.option("--seed", type=int, default=13, show_default=True)
+@click.option("--window", type=click.IntRange(min=8), default=128, show_default=True, help="Tokens of a window.")
+@click.option("--weight-decay", type=float, default=0.01, show_default=True)
+@click.option("--warmup-ratio", type=float, default=0.1, show_default=True, help="Share of the steps.")
+@click.option("--class-weights", is_flag=True, help="Weigh classes by their inverse frequency.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Of the arithmetic; auto takes bf16 or fp16 where the device has it.",
+)
+@click.option("--label", "labels", multiple=True, metavar="OLD=NEW", help="Rename a label of the data; * is any other.")
+@click.option("--max-documents", type=click.IntRange(min=1), help="Use only so many of each split.")
+@click.option("--resume", is_flag=True, help="Go on from the last epoch saved in the output directory.")
+@click.option(
+    "--inspect", type=click.IntRange(min=1), metavar="N", help="Show N examples as the model sees them, and stop."
+)
+def train(inspect: int | None, labels: tuple[str, ...], **given: Any) -> None:
+    """Fine-tune a pretrained model on labelled text and keep its best epoch.
+
+    The epoch with the best strict F1 on the devel split is kept. Several --data are learnt together. Writes the
+    checkpoint, metrics.json and learning_curve.png.
+    """
+    from medner import train as training
+
+    if given["output"] is None and inspect is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    output = given.pop("output") or Path()
+    options = training.TrainOptions(**given, output=output, labels=dict(map(_renaming, labels)))
+    click.echo(str(training.inspect(options, inspect) if inspect else training.train(options)))
+
+
+def _renaming(given: str) -> tuple[str, str]:
+    old, equals, new = given.partition("=")
+    if not (old and equals and new):
+        raise click.UsageError(f"--label {given}: use OLD=NEW, or *=NEW for all others")
+    return old, new
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="BUNDLE", help="New directory.")
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(["fp32", "int8"]),
+    multiple=True,
+    default=("fp32", "int8"),
+    show_default=True,
+    help="Variant to write; repeatable.",
+)
+@click.option(
+    "--parity-data", required=True, metavar="FILE", help="Real text for the gate: labelled documents or notes."
+)
+@click.option("--split", default="devel", show_default=True, help="Of parity data that has splits.")
+@click.option("--window", default="auto", show_default=True, metavar="auto|N", help="auto: best on labelled documents.")
+@click.option("--name", help="Name of the bundle.  [default: the directory's]")
+@click.option("--licence", help="Licence of the weights, for the record.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle.")
+def export(window: str, **given: Any) -> None:
+    """Export a checkpoint to ONNX and prove that every variant finds what PyTorch finds."""
+    from medner import export as exporting
+
+    if window != "auto" and not window.isdecimal():
+        raise click.UsageError(f"--window {window}: use auto or a number of tokens")
+    options = exporting.ExportOptions(**given, window=None if window == "auto" else int(window))
+    click.echo(exporting.export(options))
+
+
+@cli.command()
+@click.option(
+    "--model", default="default", show_default=True, metavar="BUNDLE|CHECKPOINT", help="Bundle or checkpoint."
+)
+@click.option("--data", required=True, metavar="NAME|PATH", help="Labelled data: CoNLL, PubTator, JSONL, hub data set.")
+@click.option("--split", default="test", show_default=True, help="Split of the data set.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "int8"]), default="auto", show_default=True)
+@click.option("--window", type=click.IntRange(min=8), help="Tokens of a window.  [default: the bundle's]")
+@click.option("--wrap", type=click.IntRange(min=2), metavar="N", help="Break the lines after N characters first.")
+@click.option("--json", "target", type=click.Path(path_type=Path), metavar="FILE", help="Write the scores there, too.")
+def evaluate(model: str, data: str, split: str, wrap: int | None, target: Path | None, **given: Any) -> None:
+    """Score a model: strict entity scores with 95 % bootstrap intervals.
+
+    Tokenized data is scored on its own tokens as seqeval does (strict, IOB2), other data on exact character offsets.
+    """
+    from medner import datasets, score, sinks
+    from medner import evaluate as evaluation
+    from medner.annotate import Options
+
+    documents = datasets.load(data, split)
+    annotator = evaluation.open_model(model, Options(**given))
+    scores = evaluation.evaluate(annotator, evaluation.hard_wrapped(documents, wrap) if wrap else documents)
+    click.echo(f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}, on {data} ({split})")
+    click.echo(f"{scores.documents} documents, scored on {scores.unit}\n{score.table(scores)}")
+    if target is not None:
+        facts = {"model": model, "precision": annotator.precision, "data": data, "split": split, "wrap": wrap}
+        sinks.write_json(target, facts | {"window": annotator.bundle.window, **scores.as_dict()})
+
+
+@cli.command()
+@click.argument("model", default="default", metavar="[BUNDLE]")
+def info(model: str) -> None:
+    """Show what a bundle holds, and check every file's hash."""
+    from medner import bundle
+
+    found = bundle.load(model)
+    found.check()
+    click.echo(bundle.describe(found))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

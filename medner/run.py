@@ -109,7 +109,7 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
                 number, held = part, []
             held.append(batch)
             tally.add(batch)
-            progress.update(tally, getattr(reader, "bytes_read", 0))
+            progress.update(tally, reader.bytes_read)
         if held:
             sink.commit(number, held)
         manifest = {

@@ -266,6 +266,13 @@ class Reader:
         self._ids: set[str] = set()
         self._inputs: list[dict[str, Any]] = []
         self._texts = hashlib.sha256()
+        self._bytes_before = 0
+        self._current: _Raw | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        """How far this pass has come, in bytes of the files as they lie on disk; for progress only."""
+        return self._bytes_before + (self._current.position if self._current else 0)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Rows of all files in order, in batches of ``schema``; no batch is empty.
@@ -297,6 +304,7 @@ class Reader:
         if self._left == 0:
             return
         with _translated(file), _Raw(file, self._stdin) as raw:
+            self._current = raw
             rows = 0
             for record in self._records(file, _decoded(file, raw, self._options.encoding)):
                 if self._left == 0:
@@ -346,19 +354,22 @@ class Reader:
         if self._left == 0:
             return
         with _translated(file), _Raw(file, None) as raw:
+            self._current = raw
             parquet = _parquet(raw.file)
             id_column = _check_parquet(file, parquet.schema_arrow, self._options)
-            total = parquet.metadata.num_rows
+            total, size = parquet.metadata.num_rows, os.fstat(raw.file.fileno()).st_size
             whole = self._left is None or self._left >= total
             if whole:
                 raw.file.seek(0)
                 raw.drain()
-            columns = [self._options.text_column, *([id_column] if id_column else []), *self._options.keep]
+            names = [self._options.text_column, *([id_column] if id_column is not None else []), *self._options.keep]
+            columns = list(dict.fromkeys(names))  # the text itself can be kept, too
             rows = 0
             for batch in parquet.iter_batches(_batch_rows(parquet.metadata), columns=columns, use_threads=False):
                 chunk = batch if self._left is None else batch.slice(0, self._left)
                 yield from self._parquet_chunk(file, rows, chunk, id_column)
                 rows += chunk.num_rows
+                raw.position = size * rows // max(total, 1)
                 if self._left is not None:
                     self._left -= chunk.num_rows
                     if self._left == 0:
@@ -371,7 +382,7 @@ class Reader:
         self, file: InputFile, first: int, chunk: pa.RecordBatch, id_column: str | None
     ) -> Iterator[pa.RecordBatch]:
         texts = _strings(chunk.column(self._options.text_column))
-        ids = _strings(chunk.column(id_column)) if id_column else [None] * len(texts)
+        ids = [None] * len(texts) if id_column is None else _strings(chunk.column(id_column))
         kept = [_kept_array(chunk.column(name), self.schema.field(name).type) for name in self._options.keep]
         start = 0
         for rows in _groups(
@@ -384,6 +395,7 @@ class Reader:
     def _record(self, raw: _Raw, rows: int, *, whole: bool) -> None:
         """Note what was read of a file, after checking that it did not change meanwhile."""
         size, sha256 = raw.finish(whole=whole)
+        self._bytes_before, self._current = self._bytes_before + size, None
         file = raw.name
         if file.kind != "text":
             self._inputs.append({"source": file.source, "bytes": size, "sha256": sha256, "rows": rows})
@@ -450,6 +462,8 @@ class _Raw(io.RawIOBase):
         self.file: BinaryIO = (stdin or sys.stdin.buffer) if file.path is None else file.path.open("rb")
         self._sha256 = hashlib.sha256()
         self._bytes = 0
+        #: How far the reading of rows has come, in bytes of the file.
+        self.position = 0
         self._read1 = getattr(self.file, "read1", self.file.read)
         self._before = None if file.path is None else os.fstat(self.file.fileno())
 
@@ -461,6 +475,7 @@ class _Raw(io.RawIOBase):
         buffer[: len(chunk)] = chunk
         self._sha256.update(chunk)
         self._bytes += len(chunk)
+        self.position = self._bytes
         return len(chunk)
 
     def close(self) -> None:
@@ -519,8 +534,7 @@ def _decoded(file: InputFile, raw: _Raw, encoding: str) -> io.TextIOWrapper:
         stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), _CODECS[file.compression])
     # "" splits CSV at \r, \n and \r\n, "\n" at \n alone; neither changes a character.
     newline = "" if file.kind == "csv" else "\n"
-    text = io.TextIOWrapper(io.BufferedReader(stream, 2**18), encoding=encoding, errors=_MARK, newline=newline)
-    return text
+    return io.TextIOWrapper(io.BufferedReader(stream, 2**18), encoding=encoding, errors=_MARK, newline=newline)
 
 
 def _byte_order_mark(encoding: str) -> str:

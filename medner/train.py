@@ -55,13 +55,13 @@ SAMPLES = (
 class TrainOptions:
     """What is trained on what, and how.
 
-    data: as for :func:`medner.datasets.load`; its devel split chooses the epoch. base: a checkpoint directory or hub
-    name. output: directory of the new checkpoint. labels: renaming of the data's labels. window: tokens, specials
-    included. precision: auto, fp32, bf16 or fp16. max_documents: use only so many documents of each split. resume:
-    go on from the last epoch that was saved.
+    data: one or more data sets as for :func:`medner.datasets.load`, learnt together; their devel splits choose the
+    epoch. base: a checkpoint directory or hub name. output: directory of the new checkpoint. labels: renaming of the
+    data's labels. window: tokens, specials included. precision: auto, fp32, bf16 or fp16. max_documents: use only so
+    many documents of each split of each data set. resume: go on from the last epoch that was saved.
     """
 
-    data: str
+    data: tuple[str, ...]
     base: str
     output: Path
     epochs: int = 8
@@ -347,15 +347,19 @@ def _prepare(
 ) -> tuple[dict[str, list[Document]], list[str], Any, windows.WordTokenizer]:
     """Documents by split, tags by class index, the tokenizer as transformers and as medner has it."""
     data = {
-        split: datasets.load(options.data, split, options.labels)[: options.max_documents]
+        split: [
+            document
+            for name in options.data
+            for document in datasets.load(name, split, options.labels)[: options.max_documents]
+        ]
         for split in ("train", "devel")
     }
     labels = datasets.labels_of(data["train"])
     if not labels:
-        raise InputError(f"{options.data}: the train split has no labelled span")
+        raise InputError(f"{', '.join(options.data)}: the train split has no labelled span")
     unseen = sorted(set(datasets.labels_of(data["devel"])) - set(labels))
     if unseen and options.max_documents is None:
-        raise InputError(f"{options.data}: devel has the label {unseen[0]}, which train has not; rename it")
+        raise InputError(f"{', '.join(options.data)}: devel has the label {unseen[0]}, which train has not; rename it")
     tags = ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BI")]
     # Of a slice, devel may hold labels that the model does not know; they cannot be scored.
     data["devel"] = [replace(d, spans=tuple(s for s in d.spans if s[2] in labels)) for d in data["devel"]]
@@ -628,7 +632,7 @@ def _plain_options(options: TrainOptions) -> dict[str, Any]:
     """The options that decide what is trained, for JSON."""
     plain = asdict(options)
     del plain["resume"]
-    return {**plain, "output": str(options.output)}
+    return {**plain, "data": list(options.data), "output": str(options.output)}
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ Row = dict[str, Any]
 
 def pack(data: bytes, suffix: str) -> bytes:
     """The data as one member or frame of the compression that the suffix names."""
-    codec = {"gz": gzip.compress, "bz2": bz2.compress, "zst": zst_frame}
+    codec: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "zst": zst_frame}
     return codec[suffix](data)
 
 
@@ -39,7 +40,7 @@ def zst_frame(data: bytes) -> bytes:
     buffer = pa.BufferOutputStream()
     with pa.CompressedOutputStream(buffer, "zstd") as stream:
         stream.write(data)
-    return buffer.getvalue().to_pybytes()
+    return bytes(buffer.getvalue().to_pybytes())
 
 
 def write(path: Path, data: str | bytes) -> Path:
@@ -609,7 +610,7 @@ def test_unreadable_parquet(tmp_path: Path) -> None:
     whole = write_parquet(tmp_path / "whole.parquet", text=["x"] * 100).read_bytes()
     for data in (b"", b"PAR1", b"not a table", whole[: len(whole) // 2], whole[:-1]):
         path = write(tmp_path / "n.parquet", data)
-        assert refused(InputError, lambda path=path: read(path)) == (
+        assert refused(InputError, partial(read, path)) == (
             f"cannot read {path}: it is no parquet file, or damaged; copy or write it again"
         )
 
@@ -654,6 +655,16 @@ def test_kept_parquet_types(tmp_path: Path) -> None:
     assert table.column("codes").combine_chunks().flatten().to_pylist() == list(range(2500))
     assert table.column("seen").combine_chunks().equals(seen)
     assert table.column("ward").cast(pa.string()).to_pylist() == ["ICU", "ER"] * 1250
+
+
+def test_text_and_id_can_be_kept(tmp_path: Path) -> None:
+    """The text and the id of an input can be carried along under their own names, from every format."""
+    write(tmp_path / "a.csv", "mrn,body\n1,x\n")
+    write_jsonl(tmp_path / "b.jsonl", {"mrn": 2, "body": "y"})
+    write_parquet(tmp_path / "c.parquet", mrn=[3], body=["z"])
+    rows = read(tmp_path, text_column="body", id_column="mrn", keep=("mrn", "body"))
+    assert [(row["note_id"], row["mrn"]) for row in rows] == [("1", "1"), ("2", "2"), ("3", "3")]
+    assert [row["text"] for row in rows] == [row["body"] for row in rows] == ["x", "y", "z"]
 
 
 def test_kept_types_that_differ(tmp_path: Path) -> None:
@@ -858,7 +869,7 @@ def test_messages_hold_no_values(tmp_path: Path) -> None:
     write(tmp_path / "c.parquet", secret * 20)
     write(tmp_path / "d.jsonl.gz", secret)
     for path in sorted(tmp_path.iterdir()):
-        assert secret not in refused(InputError, lambda path=path: read(path))
+        assert secret not in refused(InputError, partial(read, path))
 
 
 # -------------------------------------------------------------------------------------------------------- properties
@@ -950,5 +961,5 @@ def test_mutated_files(tmp_path: Path, name: str) -> None:
         outcomes["read"] += 1
         assert [row["row"] for row in got] == list(range(len(got)))
         assert all((row["text"] is None) == (row["reason"] in set(Reason)) for row in got)
-        assert sum(one.get("rows", one.get("text_files")) for one in source.inputs()) == len(got)
+        assert sum(one["text_files"] if "text_files" in one else one["rows"] for one in source.inputs()) == len(got)
     assert outcomes["read"] or "." in name[2:]

@@ -74,7 +74,7 @@ def options(data: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Two epochs on the small data set, long enough to learn it in part."""
     output = tmp_path_factory.mktemp("out") / "model"
     return TrainOptions(
-        str(data), str(base), output, epochs=2, lr=5e-3, batch_size=4, window=32, precision="fp32", warmup_ratio=0.0
+        (str(data),), str(base), output, epochs=2, lr=5e-3, batch_size=4, window=32, precision="fp32", warmup_ratio=0.0
     )
 
 
@@ -228,7 +228,7 @@ def test_another_training_is_not_overwritten(result: training.TrainResult, optio
         f"{options.output}: lr was 0.005 and is now 0.001; resume with what it began with, or name a new directory"
     )
     with pytest.raises(OutputError, match="holds no training to resume"):
-        train(replace(options, resume=True, output=Path(options.data)))
+        train(replace(options, resume=True, output=Path(options.data[0])))
 
 
 def test_class_weights_change_the_training(
@@ -264,7 +264,7 @@ def test_inspect_shows_tokens_words_tags_and_weights(options: TrainOptions, tmp_
     """The whole table for one example; nothing is trained and no weights are loaded."""
     for split in ("train", "devel"):
         (tmp_path / f"{split}.tsv").write_text("no\tO\nx-linked\tB-Problem\ngouty\tI-Problem\n\npain\tB-Site\n")
-    shown = inspect(replace(options, data=str(tmp_path)), 1)
+    shown = inspect(replace(options, data=(str(tmp_path),)), 1)
     assert str(shown) == (
         "example 0: 8 tokens\n"
         "  [CLS]   -100\n"
@@ -293,7 +293,7 @@ def test_untokenized_documents_are_trained_on_in_packed_windows(options: TrainOp
     for split in ("train", "devel"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(note) + "\n")
     trained = train(
-        replace(options, data=str(tmp_path), output=tmp_path / "out", epochs=1, labels={"*": "Problem"}, window=24)
+        replace(options, data=(str(tmp_path),), output=tmp_path / "out", epochs=1, labels={"*": "Problem"}, window=24)
     )
     metrics = json.loads((trained.output / "metrics.json").read_text())
     assert metrics["data"]["train"] == {"documents": 1, "spans": 2, "words": 13, "windows": 1}
@@ -347,10 +347,10 @@ def test_unusable_bases_and_data(options: TrainOptions, base: Path, tmp_path: Pa
     (tmp_path / "train.tsv").write_text("a\tO\n")
     (tmp_path / "devel.tsv").write_text("a\tB-X\n")
     with pytest.raises(InputError, match="the train split has no labelled span"):
-        train(replace(fresh, data=str(tmp_path)))
+        train(replace(fresh, data=(str(tmp_path),)))
     (tmp_path / "train.tsv").write_text("a\tB-Y\n")
     with pytest.raises(InputError, match="devel has the label X, which train has not; rename it"):
-        train(replace(fresh, data=str(tmp_path)))
+        train(replace(fresh, data=(str(tmp_path),)))
     assert not fresh.output.exists()
 
 
