@@ -279,27 +279,22 @@ class Annotator:
 
     def _decode(self, plan: _Plan, tags: npt.NDArray[np.int16], probabilities: npt.NDArray[np.float32]) -> _FoundSpans:
         tokens = plan.tokens
-        breaks = np.zeros(len(tokens.ids) + 1, dtype=np.bool_)
-        # A span may go on into a window that overlaps the one before, but not into one that starts a new segment.
-        breaks[[window.start for window in plan.packed if window.own_start == window.start]] = True
-        # The break holds for the first word at or after the window's first token.
-        starts_window = np.diff(np.cumsum(breaks)[tokens.word_token], prepend=0) > 0
-        words = decode.spans(tags[tokens.word_token], probabilities[tokens.word_token], starts_window, self._tags)
+        breaks = np.zeros(len(tokens.word_token) + 1, dtype=np.bool_)
+        # A mention never crosses a blank line, a list item or the end of a sentence.
+        breaks[tokens.word_bounds] = True
+        words = decode.spans(tags[tokens.word_token], probabilities[tokens.word_token], breaks[:-1], self._tags)
         sure = words.score >= self.options.min_score
         first, last = words.first[sure], words.last[sure]
-        first_segment = np.searchsorted(tokens.word_bounds, first, side="right") - 1
-        last_segment = np.searchsorted(tokens.word_bounds, last, side="right") - 1
-        chars = {segment: tokens.chars(segment) for segment in {*first_segment.tolist(), *last_segment.tolist()}}
-        start = np.array(
-            [chars[s][w - tokens.word_bounds[s], 0] for s, w in zip(first_segment, first, strict=True)], dtype=np.int64
-        )
-        end = np.array(
-            [chars[s][w - tokens.word_bounds[s], 1] for s, w in zip(last_segment, last, strict=True)], dtype=np.int64
-        )
+        segment = np.searchsorted(tokens.word_bounds, first, side="right") - 1
+        chars = {number: tokens.chars(number) for number in set(segment.tolist())}
+        begins = tokens.word_bounds[segment]
+        start = [chars[number][word, 0] for number, word in zip(segment, first - begins, strict=True)]
+        end = [chars[number][word, 1] for number, word in zip(segment, last - begins, strict=True)]
+        offset = plan.segment_starts[segment]
         return _FoundSpans(
-            first_segment,
-            plan.segment_starts[first_segment] + start,
-            plan.segment_starts[last_segment] + end,
+            segment,
+            offset + np.array(start, dtype=np.int64),
+            offset + np.array(end, dtype=np.int64),
             words.type[sure],
             words.score[sure],
         )
@@ -368,7 +363,7 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _FoundSpans:
-    """Spans of a job in order: int64 [n] each, score float32 [n]; segment is that of the span's first word."""
+    """Spans of a job in order: int64 [n] each, score float32 [n]; segment is the one that holds the span."""
 
     segment: Ints
     start: Ints

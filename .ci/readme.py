@@ -1,0 +1,61 @@
+"""Keeps README.md true: prints its commands for CI to run, and generates the help texts that it quotes.
+
+    python .ci/readme.py --command first      # the shell block after <!-- command: first -->
+    python .ci/readme.py --check | --write    # the blocks after <!-- help: COMMAND -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+_BLOCK = r"(<!-- {kind}: {name} -->\n```\w*\n)(.*?)(\n```)"
+
+
+def command(text: str, name: str) -> str:
+    """The block of a named command."""
+    match = re.search(_BLOCK.format(kind="command", name=re.escape(name)), text, re.DOTALL)
+    if not match:
+        raise SystemExit(f"README.md has no command named {name}")
+    return match.group(2)
+
+
+def with_help(text: str) -> str:
+    """The text with every help block as the program prints it now."""
+    return re.sub(
+        _BLOCK.format(kind="help", name=r"(?P<command>[a-z ]*)"),
+        lambda match: match.group(1) + _help(match.group("command")) + match.group(4),
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def _help(name: str) -> str:
+    arguments = [sys.executable, "-m", "medner.cli", *name.split(), "--help"]
+    environment = {**os.environ, "COLUMNS": "100"}
+    return subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout.rstrip()
+
+
+def main() -> None:
+    """Run one of the three modes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--command")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    if given.command:
+        print(command(text, given.command))
+    elif given.write:
+        README.write_text(with_help(text), encoding="utf-8")
+    elif with_help(text) != text:
+        raise SystemExit("README.md quotes an old help text: python .ci/readme.py --write")
+
+
+if __name__ == "__main__":
+    main()

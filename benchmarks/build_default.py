@@ -1,0 +1,204 @@
+"""Rebuilds the default bundle: trains the seeds, chooses one on devel, exports, proves, scores, writes the card.
+
+    python benchmarks/build_default.py --base CHECKPOINT [--ship]
+
+CHECKPOINT is a directory with the weights of all-MiniLM-L6-v2. The checkpoints and the bundle with all its variants go
+to ``models/default``, which git ignores; ``--ship`` also replaces ``medner/bundles/default`` by the int8 variant. What
+is there already is not made again, so an interrupted build goes on. About 20 minutes a seed on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from medner import bundle, datasets, evaluate, score, sources, train
+from medner import export as exporting
+from medner.annotate import Annotator, Options
+from medner.compare import torch_annotator
+from medner.datasets import Document
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("MEDNER_DATA", ROOT.parent / "shared" / "data"))
+WORK = ROOT / "models" / "default"
+SHIPPED = ROOT / "medner" / "bundles" / "default"
+SEEDS = (13, 14, 15)
+LICENCE = "Apache-2.0"
+WRAP = 75
+
+CONLL, PUBTATOR = DATA / "ncbi-disease" / "conll", DATA / "ncbi-disease" / "pubtator"
+
+
+def recipe(base: str, seed: int) -> train.TrainOptions:
+    """The training of one seed: the same abstracts as single sentences and as documents packed into windows."""
+    return train.TrainOptions(
+        data=(str(CONLL), str(PUBTATOR)),
+        base=base,
+        output=WORK / f"seed{seed}",
+        epochs=8,
+        lr=2e-4,
+        batch_size=16,
+        seed=seed,
+        window=128,
+        labels={"*": "Disease"},
+    )
+
+
+def trained(base: str, seed: int) -> dict[str, Any]:
+    """Train a seed unless it is trained already; its ``metrics.json``."""
+    options = recipe(base, seed)
+    metrics = options.output / "metrics.json"
+    if not metrics.is_file():
+        train.train(replace(options, resume=options.output.exists()))
+    return dict(json.loads(metrics.read_text(encoding="utf-8")))
+
+
+def scores_of(path: Path) -> dict[str, Any]:
+    """Every score that the card states, by name. Test is scored here, once, after everything was chosen."""
+    found: dict[str, Any] = {}
+    for precision in ("int8", "fp32"):
+        annotator = Annotator.load(path, Options(precision=precision))
+        for split in ("devel", "test"):
+            sentences, documents = datasets.load(str(CONLL), split), datasets.load(str(PUBTATOR), split)
+            found[f"{precision}, {split} sentences"] = evaluate.evaluate(annotator, sentences).as_dict()
+            found[f"{precision}, {split} documents"] = evaluate.evaluate(annotator, documents).as_dict()
+            wrapped = evaluate.hard_wrapped(documents, WRAP)
+            found[f"{precision}, {split} documents wrapped at {WRAP}"] = evaluate.evaluate(annotator, wrapped).as_dict()
+    return found
+
+
+def notes() -> list[Document]:
+    """The ACI-BENCH notes."""
+    reader = sources.Reader(sources.discover([str(DATA / "aci-bench" / "notes.jsonl")]).files, sources.ReadOptions())
+    texts = pa.Table.from_batches(reader.batches()).column("text").to_pylist()
+    return [Document(str(i), text, ()) for i, text in enumerate(texts)]
+
+
+def agreement(path: Path, documents: list[Document], other: list[Document] | None = None) -> float:
+    """Share of equal spans: int8 against fp32 on the same documents, or int8 on two forms of them."""
+    first = evaluate.find(Annotator.load(path, Options(precision="int8")), other or documents)
+    second = evaluate.find(Annotator.load(path, Options(precision="int8" if other else "fp32")), documents)
+    return score.agreement(_keys(first), _keys(second))
+
+
+def _keys(found: evaluate.Found) -> list[tuple[int, int, int, str]]:
+    return [(number, *span) for number, spans in enumerate(found) for span in spans]
+
+
+def prove_fp32(checkpoint: Path, path: Path) -> int:
+    """PyTorch and fp32 ONNX find identical spans in all test sentences; the number of sentences."""
+    sentences = datasets.load(str(CONLL), "test")
+    exported = Annotator.load(path, Options(precision="fp32"))
+    reference = torch_annotator(checkpoint, Options(window=exported.bundle.window))
+    if evaluate.find(exported, sentences) != evaluate.find(reference, sentences):
+        raise SystemExit("fp32 ONNX and PyTorch find different spans in the test sentences")
+    return len(sentences)
+
+
+def card(path: Path, facts: dict[str, Any]) -> str:
+    """The model card: the template with this build's figures."""
+    template = (Path(__file__).parent / "default_card.md").read_text(encoding="utf-8")
+    rows = []
+    for name, scores in facts["scores"].items():
+        overall = scores["overall"]
+        rows.append(
+            f"| {name} | {100 * overall['precision']:.2f} | {100 * overall['recall']:.2f} | "
+            f"**{100 * overall['f1']:.2f}** | {100 * overall['low']:.2f} - {100 * overall['high']:.2f} |"
+        )
+    loaded = bundle.load(path)
+    values = {
+        "scores": "\n".join(rows),
+        "window": str(loaded.window),
+        "seed": str(facts["seed"]),
+        "seeds": ", ".join(f"{seed}: {100 * f1:.2f}" for seed, f1 in facts["seeds"].items()),
+        "sentences": str(facts["fp32_identical_sentences"]),
+        "agreement": f"{100 * facts['aci_agreement']:.2f}",
+        "capitals": f"{100 * facts['capitals_agreement']:.2f}",
+        "megabytes": f"{loaded.variants['int8'].bytes / 1e6:.1f}",
+    }
+    for name, value in values.items():
+        template = template.replace(f"{{{name}}}", value)
+    return template
+
+
+def main() -> None:
+    """Build, and ship if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="directory with the weights of all-MiniLM-L6-v2")
+    parser.add_argument("--ship", action="store_true", help="replace the bundle inside the package")
+    given = parser.parse_args()
+
+    seeds = {seed: trained(given.base, seed)["best"]["f1"] for seed in SEEDS}
+    seed = max(seeds, key=lambda seed: seeds[seed])
+    checkpoint, path = WORK / f"seed{seed}", WORK / "bundle"
+    print(
+        exporting.export(
+            exporting.ExportOptions(
+                checkpoint,
+                path,
+                str(PUBTATOR / "NCBIdevelopset_corpus.txt"),
+                name="default",
+                licence=LICENCE,
+                overwrite=True,
+            )
+        )
+    )
+    documents = notes()
+    facts = {
+        "seed": seed,
+        "seeds": seeds,
+        "fp32_identical_sentences": prove_fp32(checkpoint, path),
+        "aci_agreement": agreement(path, documents),
+        "capitals_agreement": agreement(path, documents, [replace(d, text=_upper(d.text)) for d in documents]),
+        "scores": scores_of(path),
+    }
+    manifest = json.loads((path / bundle.MANIFEST).read_text(encoding="utf-8"))
+    written = {key: manifest[key] for key in ("licence", "parity", "training", "versions")}
+    _strip_paths(written["training"])
+    written |= {"scores": facts["scores"], "choice": {key: facts[key] for key in ("seed", "seeds")}}
+    loaded = bundle.load(path)
+    (path / "README.md").write_text(card(path, facts), encoding="utf-8")
+    bundle.write_manifest(path, name="default", labels=loaded.labels, window=loaded.window, card=written)
+    if given.ship:
+        ship(path, written)
+    print((path / "README.md").read_text(encoding="utf-8"))
+
+
+def ship(path: Path, written: dict[str, Any]) -> None:
+    """Copy the int8 variant into the package."""
+    loaded = bundle.load(path)
+    shutil.rmtree(SHIPPED, ignore_errors=True)
+    (SHIPPED / "onnx").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md"):
+        shutil.copyfile(path / name, SHIPPED / name)
+    graph = bundle.VARIANT_FILES["int8"]
+    shutil.copyfile(path / graph, SHIPPED / graph)
+    bundle.write_manifest(SHIPPED, name="default", labels=loaded.labels, window=loaded.window, card=written)
+    size = sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file())
+    print(f"shipped {size / 1e6:.2f} MB to {SHIPPED.relative_to(ROOT)}")
+    if size > 25_000_000:
+        raise SystemExit("the default bundle is larger than 25 MB")
+
+
+def _upper(text: str) -> str:
+    """In capitals, character by character, where that keeps the length."""
+    return "".join(c.upper() if len(c.upper()) == 1 else c for c in text)
+
+
+def _strip_paths(training: dict[str, Any]) -> None:
+    """Keep the builder's directories out of what ships."""
+    options = training["options"]
+    options["data"] = ["NCBI Disease, tagged sentences", "NCBI Disease, documents"]
+    options["base"] = "all-MiniLM-L6-v2"
+    options.pop("output", None)
+
+
+if __name__ == "__main__":
+    main()

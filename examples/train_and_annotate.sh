@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The whole path in one go: fine-tune, export with proof, score, annotate.
+#
+#   BASE=emilyalsentzer/Bio_ClinicalBERT DATA=ncbi_disease OUT=runs/mine examples/train_and_annotate.sh
+#
+# BASE    checkpoint directory or hub name
+# DATA    labelled data for training: hub name, CoNLL or PubTator directory, JSONL with spans
+# PARITY  real text for the parity gate; labelled documents also choose the window (default: DATA)
+# NOTES   notes to annotate (default: the example notes)
+# TRAIN, EXPORT, EVALUATE  further options for each command
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+: "${BASE:?name a checkpoint or hub model}" "${DATA:?name a data set}" "${OUT:?name an output directory}"
+
+# shellcheck disable=SC2086  # the further options are meant to be split
+medner train --data "$DATA" --base "$BASE" -o "$OUT/checkpoint" --epochs 2 --lr 2e-4 ${TRAIN:-}
+medner export "$OUT/checkpoint" -o "$OUT/bundle" --parity-data "${PARITY:-$DATA}" ${EXPORT:-}
+medner evaluate --model "$OUT/bundle" --data "$DATA" --json "$OUT/scores.json" ${EVALUATE:-}
+medner annotate "${NOTES:-$here/notes.jsonl}" -o "$OUT/spans" --model "$OUT/bundle"
