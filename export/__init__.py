@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from medner import bundle as bundles
+from medner import compare, decode, runtime
 from medner.errors import CheckFailed, MissingPackage, OutputError, UsageError
 
 #: Precisions that can be exported.
@@ -42,7 +44,8 @@ def export(options: ExportOptions) -> str:
     """Export a checkpoint, hold every variant against PyTorch, write the bundle, and return the gate's summary.
 
     A variant that fails the gate is not written, and the call raises :class:`CheckFailed` after the others were; if
-    fp32 fails, nothing is written. Raises :class:`ModelError`, :class:`InputError`, :class:`OutputError`.
+    fp32 fails, or no variant is left, nothing is written. Raises :class:`ModelError`, :class:`InputError`,
+    :class:`OutputError`.
     """
     _check(options)
     try:
@@ -52,35 +55,46 @@ def export(options: ExportOptions) -> str:
 
     checkpoint = bundles.load_checkpoint(options.checkpoint, options.window)
     data = verify.read_parity_data(options.parity_data, options.split)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.output.parent, prefix=".medner-") as scratch:
-        target = Path(scratch) / "bundle"
+    reference = compare.TorchModel(options.checkpoint)
+    with _scratch(options.output) as scratch:
+        target = scratch / "bundle"
         graphs = {precision: target / bundles.VARIANT_FILES[precision] for precision in ("fp32", *options.precisions)}
         convert.to_onnx(options.checkpoint, graphs["fp32"])
         tried: dict[int, float] = {}
         if options.window is None:
-            window, tried = verify.choose_window(checkpoint, verify.Session(graphs["fp32"], "cpu"), data)
+            window, tried = verify.choose_window(checkpoint, runtime.Session(graphs["fp32"], "cpu"), data)
             checkpoint = bundles.resized(checkpoint, window)
-        gate = verify.Gate(checkpoint, options.checkpoint, data)
+        gate = verify.Gate(checkpoint, reference, data)
         gate.report.windows_tried = tried
         if not gate.check("fp32", graphs["fp32"]).passed:
             raise verify.failure("fp32", gate.report)
-        failed: list[CheckFailed] = []
+        failed: CheckFailed | None = None
         if "int8" in graphs:
             optimize.to_int8(graphs["fp32"], graphs["int8"])
             if not gate.check("int8", graphs["int8"]).passed:
-                failed.append(verify.failure("int8", gate.report))
+                failed = verify.failure("int8", gate.report)
                 graphs["int8"].unlink()
         if "fp32" not in options.precisions:
-            for file in graphs["fp32"].parent.glob("model.onnx*"):
-                file.unlink()
-        _complete(target, options, checkpoint, gate.report.as_dict())
-        if options.output.exists():
-            shutil.rmtree(options.output)
-        target.rename(options.output)
+            graphs["fp32"].unlink()
+        if any(graph.exists() for graph in graphs.values()):
+            _complete(target, options, checkpoint, gate.report.as_dict())
+            if options.output.exists():
+                options.output.rename(scratch / "replaced")
+            target.rename(options.output)
     if failed:
-        raise failed[0]
+        raise failed
     return verify.summary(gate.report)
+
+
+@contextlib.contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A folder beside the output, removed at the end; what cannot be written is an :class:`OutputError`."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".medner-") as scratch:
+            yield Path(scratch)
+    except OSError as exc:
+        raise OutputError(f"{output}: cannot be written ({exc.strerror or exc})") from exc
 
 
 def _check(options: ExportOptions) -> None:
@@ -106,13 +120,13 @@ def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, 
         "licence": options.licence,
         "parity": parity,
         "training": json.loads(training.read_text(encoding="utf-8")) if training.is_file() else None,
-        "versions": {package: version(package) for package in _PACKAGES},
+        "versions": {**{package: version(package) for package in _PACKAGES}, "onnxruntime": runtime.version()},
     }
     (target / "README.md").write_text(_model_card(name, checkpoint, card), encoding="utf-8")
     bundles.write_manifest(target, name=name, labels=checkpoint.labels, window=checkpoint.window, card=card)
 
 
-_PACKAGES = ("medner", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
+_PACKAGES = ("medner", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
 
 
 def _model_card(name: str, checkpoint: bundles.Bundle, card: Mapping[str, Any]) -> str:
@@ -121,8 +135,7 @@ def _model_card(name: str, checkpoint: bundles.Bundle, card: Mapping[str, Any]) 
     lines = [
         f"# {name}",
         "",
-        f"A token classifier for {', '.join(sorted({label[2:] for label in checkpoint.labels if label != 'O'}))}, "
-        "exported by medner.",
+        f"A token classifier for {', '.join(decode.tag_set(checkpoint.labels).types)}, exported by medner.",
         "",
         f"- Licence: {card['licence'] or 'not stated'}",
         f"- Labels: {', '.join(checkpoint.labels)}",
@@ -135,5 +148,6 @@ def _model_card(name: str, checkpoint: bundles.Bundle, card: Mapping[str, Any]) 
     ]
     for precision, result in parity["variants"].items():
         scores = [f"{value:.4f}" if value is not None else "-" for value in (result["f1"], result["reference_f1"])]
-        lines.append(f"| {precision} | {result['spans']} | {result['agreement']:.2%} | {' | '.join(scores)} |")
+        name = precision if result["passed"] else f"{precision} (failed, not written)"
+        lines.append(f"| {name} | {result['spans']} | {result['agreement']:.2%} | {' | '.join(scores)} |")
     return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ import logging
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from medner.errors import MissingPackage, ModelError
@@ -29,15 +30,25 @@ def to_onnx(checkpoint: Path, graph: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with _quiet():
-                main_export(str(checkpoint), scratch, task="token-classification", opset=OPSET, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as exc:
-            raise ModelError(f"{checkpoint}: Optimum cannot export it ({type(exc).__name__})") from exc
-        for file in Path(scratch).glob("model.onnx*"):
-            shutil.move(file, graph.parent / file.name.replace("model.onnx", graph.name))
+                main_export(
+                    str(checkpoint),
+                    scratch,
+                    task="token-classification",
+                    opset=OPSET,
+                    framework="pt",
+                    library_name="transformers",
+                    local_files_only=True,
+                )
+        except Exception as exc:  # transformers, torch and safetensors raise what they like
+            reason = next(iter(str(exc).splitlines()), "")[:200]
+            raise ModelError(f"{checkpoint}: Optimum cannot export it ({type(exc).__name__}: {reason})") from exc
+        if (Path(scratch) / "model.onnx_data").exists():
+            raise ModelError(f"{checkpoint}: more than 2 GB of weights, which one ONNX file cannot hold")
+        shutil.move(Path(scratch) / "model.onnx", graph)
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     """Keep the tracer's remarks about constants, of no use to a reader, off the terminal."""
     levels = {name: logging.getLogger(name).level for name in ("optimum", "transformers", "torch.onnx")}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

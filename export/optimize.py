@@ -37,7 +37,7 @@ class Quantized:
 def to_int8(source: Path, target: Path) -> Quantized:
     """Write the int8 form of a graph.
 
-    Raises :class:`ModelError` where a constant matrix of the graph would stay in fp32 unnoticed.
+    Raises :class:`ModelError` where there is nothing to quantize, or a weight matrix would stay in fp32 unnoticed.
     """
     model = onnx.load(str(source))
     graph = _Graph(model)
@@ -49,6 +49,8 @@ def to_int8(source: Path, target: Path) -> Quantized:
     for node in products:
         graph.quantize_product(node)
     graph.finish()
+    if left := graph.matrices_left():
+        raise ModelError(f"{source}: int8 is for graphs of Optimum's; these nodes keep fp32 weights: {', '.join(left)}")
     onnx.checker.check_model(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, str(target))
@@ -61,6 +63,7 @@ class _Graph:
     def __init__(self, model: onnx.ModelProto) -> None:
         self._graph = model.graph
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._name_shared_weights()
         self._new: dict[str, list[onnx.NodeProto]] = {}
         self.activations: dict[str, tuple[str, str]] = {}
         self._constant("medner.one", np.array(1.0, np.float32))
@@ -69,16 +72,24 @@ class _Graph:
         self._constant("medner.tiny", np.array(1e-12, np.float32))
         self._constant("medner.last_axis", np.array([-1], np.int64))
 
+    def _name_shared_weights(self) -> None:
+        """The exporter reaches a weight that several layers share through Identity nodes: drop those."""
+        nodes = list(self._graph.node)
+        names = {n.output[0]: n.input[0] for n in nodes if n.op_type == "Identity" and n.input[0] in self._weights}
+        kept = [node for node in nodes if node.output[0] not in names]
+        for node in kept:
+            node.input[:] = [names.get(name, name) for name in node.input]
+        del self._graph.node[:]
+        self._graph.node.extend(kept)
+
     def constant_products(self) -> list[onnx.NodeProto]:
         """MatMul nodes with a constant, wide enough right-hand matrix."""
-        found = []
-        for node in self._graph.node:
-            shape = self._shape(node.input[1]) if node.op_type in ("MatMul", "Gemm") else ()
-            if len(shape) == 2 and min(shape) >= _MIN_COLUMNS:
-                if node.op_type == "Gemm":
-                    raise ModelError(f"{node.name}: a Gemm node; export with Optimum, which writes MatMul and Add")
-                found.append(node)
-        return found
+        return [node for node in self._graph.node if node.op_type == "MatMul" and self._is_wide(node.input[1])]
+
+    def matrices_left(self) -> list[str]:
+        """Nodes that still compute with a wide fp32 matrix; position tables, looked up or normalized, may stay."""
+        nodes = (node for node in self._graph.node if node.op_type not in ("Gather", "LayerNormalization"))
+        return [f"{node.name} ({node.op_type})" for node in nodes if any(map(self._is_wide, node.input))]
 
     def word_embeddings(self) -> list[onnx.NodeProto]:
         """Gather nodes that look ``input_ids`` up in a constant table."""
@@ -95,21 +106,22 @@ class _Graph:
         if activation not in self.activations:
             self.activations[activation] = self._quantize_rows(activation, nodes)
         rows, row_scale = self.activations[activation]
+        # Named for the weight, which several layers may share.
         values, scale = quantize_columns(self._array(weight))
-        self._constant(f"{output}.weight", values)
-        self._constant(f"{output}.column_scale", scale)
+        self._constant(f"{weight}.int8", values)
+        self._constant(f"{weight}.column_scale", scale)
         # A zero point of its own: onnxruntime's precision option for old processors rewrites it node by node.
         self._constant(f"{output}.zero_point", np.array(_ZERO_POINT, np.uint8))
         nodes += [
             helper.make_node(
-                "MatMulInteger", [rows, f"{output}.weight", f"{output}.zero_point"], [f"{output}.sums"], node.name
+                "MatMulInteger", [rows, f"{weight}.int8", f"{output}.zero_point"], [f"{output}.sums"], node.name
             ),
             helper.make_node(
                 "Cast", [f"{output}.sums"], [f"{output}.float"], f"{node.name}/Cast", to=TensorProto.FLOAT
             ),
             # First the columns, then the rows. With the product of both scales onnxruntime would fuse the chain into
             # MatMulIntegerToFloat as though the row scale were one number.
-            helper.make_node("Mul", [f"{output}.float", f"{output}.column_scale"], [f"{output}.columns"]),
+            helper.make_node("Mul", [f"{output}.float", f"{weight}.column_scale"], [f"{output}.columns"]),
             helper.make_node("Mul", [f"{output}.columns", row_scale], [output]),
         ]
         self._new[output] = nodes
@@ -148,6 +160,11 @@ class _Graph:
         kept = [tensor for name, tensor in self._weights.items() if name in used]
         del self._graph.initializer[:]
         self._graph.initializer.extend(kept)
+
+    def _is_wide(self, name: str) -> bool:
+        shape = self._shape(name)
+        is_float = bool(shape) and self._weights[name].data_type == TensorProto.FLOAT
+        return is_float and len(shape) == 2 and min(shape) >= _MIN_COLUMNS
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._weights[name].dims) if name in self._weights else ()

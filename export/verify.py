@@ -20,7 +20,7 @@ from medner.runtime import Session
 
 #: Two logits of a word that lie closer than this may change places between PyTorch and ONNX.
 TIE = 1e-3
-#: What a reduced precision may lose: F1 (absolute) on labelled text, or else the share of spans equal to fp32's.
+#: What a reduced precision may lose: F1 (absolute) on labelled text, or else the share of spans equal to PyTorch's.
 MAX_F1_LOSS = 0.002
 MIN_AGREEMENT = 0.98
 
@@ -81,38 +81,52 @@ class Report:
 
 
 def read_parity_data(path: str, split: str = "devel") -> ParityData:
-    """Labelled documents where the file holds labels, else plain notes in any form that ``annotate`` reads."""
-    try:
-        return ParityData(Path(path).name, datasets.load(path, split), True)
-    except InputError as labelled:
-        if not Path(path).is_file() or not path.endswith((".jsonl", ".csv", ".parquet", ".gz", ".zst", ".bz2")):
-            raise
-        try:
-            reader = sources.Reader(sources.discover([path]).files, sources.ReadOptions())
-            notes = [text for batch in reader.batches() for text in batch.column("text").to_pylist() if text]
-        except InputError:
-            raise labelled from None
+    """Labelled documents, or plain notes: CSV, Parquet, compressed files, and JSONL without ``spans``.
+
+    Raises :class:`InputError`.
+    """
+    name = Path(path).name
+    if not Path(path).is_file() or not _is_plain(Path(path)):
+        return ParityData(name, datasets.load(path, split), True)
+    reader = sources.Reader(sources.discover([path]).files, sources.ReadOptions())
+    notes = [text for batch in reader.batches() for text in batch.column("text").to_pylist() if text]
     if not notes:
         raise InputError(f"{path}: holds no notes; the parity gate needs real text")
-    return ParityData(Path(path).name, [Document(str(i), text, ()) for i, text in enumerate(notes)], False)
+    return ParityData(name, [Document(str(i), text, ()) for i, text in enumerate(notes)], False)
+
+
+def _is_plain(path: Path) -> bool:
+    if path.suffix.lower() != ".jsonl":
+        return path.suffix.lower() in (".csv", ".parquet", ".gz", ".zst", ".bz2")
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        return '"spans"' not in next((line for line in lines if line.strip()), "")
 
 
 def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tuple[int, dict[int, float]]:
     """The window with which a model scores best on labelled documents, and the F1 of each window tried.
 
-    Sentences do not tell windows apart, so the documents should be whole texts. Raises :class:`InputError` where the
-    data is not labelled.
+    Windows are tried up to the first that holds every document whole: longer ones cannot be told apart. Raises
+    :class:`InputError` where the data is not labelled or holds single sentences, which tell no windows apart.
     """
     if not data.labelled:
         raise InputError(f"--window auto needs labelled documents; {data.name} holds none: pass --window N")
+    if all(document.tokens is not None for document in data.documents):
+        raise InputError(
+            f"--window auto needs whole documents; {data.name} holds single sentences, which fit any window: "
+            "pass --window N"
+        )
     tried: dict[int, float] = {}
     for window in WINDOWS:
         try:
             sized = bundles.resized(bundle, window)
         except ModelError:
-            continue
+            break
         annotator = Annotator(sized, model, Options(window=window), precision="fp32")
         tried[window] = evaluate.evaluate(annotator, data.documents).overall.f1
+        if annotator.counts.inferred + annotator.counts.reused <= len(data.documents):
+            break
+    if not tried:
+        raise ModelError(f"{bundle.name}: its limit is below the {WINDOWS[0]} tokens of --window auto: pass --window N")
     best = max(tried.values())
     return max(window for window, f1 in tried.items() if f1 >= best - WINDOW_TOLERANCE), tried
 
@@ -120,20 +134,26 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
 class Gate:
     """PyTorch's own spans on the parity data, against which every variant is held."""
 
-    def __init__(self, bundle: bundles.Bundle, checkpoint: Path, data: ParityData) -> None:
+    def __init__(self, bundle: bundles.Bundle, reference: TorchModel, data: ParityData) -> None:
         """Bundle: the checkpoint's labels, tokenizer and the window that all variants get."""
         self._bundle = bundle
-        self._torch = TorchModel(checkpoint)
+        self._torch = reference
         self._data = data
+        self._gold = evaluate.fit_labels(self._annotator(self._torch, "fp32"), data.documents)
         self.report = Report(data.name, len(data.documents), bundle.window)
         self._reference: evaluate.Found | None = None
 
     def check(self, precision: str, graph: Path) -> VariantParity:
-        """Hold one variant against PyTorch; the report keeps the result. fp32 comes first."""
+        """Hold one variant against PyTorch; the report keeps the result. fp32 comes first.
+
+        Raises :class:`InputError` where PyTorch finds nothing that could be compared.
+        """
         session = Session(graph, "cpu")
         if self._reference is None:
             paired = _Paired(self._torch, session, self.report.logits)
             self._reference = self._found(paired, "fp32")
+            if not any(self._reference):
+                raise InputError(f"{self._data.name}: PyTorch's model finds no span in it, so it proves nothing")
         found = self._found(session, precision)
         agreement = score.agreement(_keys(found), _keys(self._reference))
         f1 = reference_f1 = None
@@ -157,8 +177,7 @@ class Gate:
         return evaluate.find(self._annotator(model, precision), self._data.documents)
 
     def _f1(self, found: evaluate.Found) -> float:
-        documents = evaluate.fit_labels(self._annotator(self._torch, "fp32"), self._data.documents)
-        return score.evaluate(documents, found).overall.f1
+        return score.evaluate(self._gold, found).overall.f1
 
 
 class _Paired:

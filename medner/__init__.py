@@ -8,16 +8,41 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version as _version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from medner.annotate import Annotator, Options
-from medner.schema import Span
+if TYPE_CHECKING:
+    from medner.annotate import Annotator, Options
+    from medner.schema import Span
+
+    __version__: str
 
 __all__ = ["Annotator", "Options", "Span", "load"]
-__version__ = _version("medner")
 
 
 def load(model: str | Path = "default", options: Options | None = None) -> Annotator:
     """Load a model for annotation; the same as :meth:`Annotator.load`."""
+    from medner.annotate import Annotator
+
     return Annotator.load(model, options)
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first asked for: ``medner --help`` shall not wait for numpy and pyarrow."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("medner")
+    if name == "Span":
+        from medner.schema import Span
+
+        return Span
+    if name in __all__:
+        from medner import annotate
+
+        return getattr(annotate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -207,7 +207,7 @@ class Annotator:
         packed: list[windows.Window] = []
         counts: list[int] = []
         for first, last in pairwise(piece_bounds):
-            found = windows.pack(tokens.bounds, first, last, self._capacity)
+            found = windows.pack(tokens.bounds, first, last, self._capacity, packed=self.bundle.packed)
             packed.extend(found)
             counts.append(len(found))
 

@@ -47,6 +47,7 @@ class Bundle:
     """A model directory, read but not loaded.
 
     labels: the model's classes in the order of its outputs. window: tokens a window may have, special tokens included.
+    packed: whether a window holds as many segments as fit, or one.
     files: SHA-256 of every other file that is used. foreign: true without ``medner.json``. card: the rest of
     ``medner.json`` (parity, training, scores, licence), empty for a foreign model.
     """
@@ -55,6 +56,7 @@ class Bundle:
     name: str
     labels: tuple[str, ...]
     window: int
+    packed: bool
     variants: Mapping[str, Variant]
     files: Mapping[str, str]
     foreign: bool
@@ -129,7 +131,8 @@ def load_checkpoint(checkpoint: str | Path, window: int | None = None) -> Bundle
     if window is None:
         metrics = _read_json(path, "metrics.json") if (path / "metrics.json").is_file() else {}
         window = int(metrics.get("options", {}).get("window", min(FOREIGN_WINDOW, limit)))
-    return Bundle(path, path.name, _labels_of(path), _check_window(window, limit, path.name), {}, files, True)
+    window = _check_window(window, limit, path.name)
+    return Bundle(path, path.name, _labels_of(path), window, True, {}, files, True)
 
 
 def _locate(model: str) -> tuple[Path, str]:
@@ -173,7 +176,7 @@ def _own(path: Path, name: str) -> Bundle:
         )
     try:
         labels = tuple(str(label) for label in card["labels"])
-        window = int(card["window"])
+        window, packed = int(card["window"]), bool(card["packed"])
         variants = {
             precision: Variant(VARIANT_FILES[precision], str(entry["sha256"]), int(entry["bytes"]))
             for precision, entry in card["variants"].items()
@@ -185,9 +188,12 @@ def _own(path: Path, name: str) -> Bundle:
         raise ModelError(f"{path / MANIFEST}: lists no {' or '.join(sorted(missing))}")
     for file, digest in files.items():
         _check_hash(path, file, digest)
-    rest = {key: value for key, value in card.items() if key not in ("files", "variants", "labels", "window")}
+    rest = {key: value for key, value in card.items() if key not in _OWN_KEYS}
     files[MANIFEST] = sha256_of(path / MANIFEST)
-    return Bundle(path, str(card.get("name", name)), labels, window, variants, files, False, rest)
+    return Bundle(path, str(card.get("name", name)), labels, window, packed, variants, files, False, rest)
+
+
+_OWN_KEYS = ("files", "variants", "labels", "window", "packed")
 
 
 def _plain_name(name: str) -> str:
@@ -210,7 +216,7 @@ def _foreign(path: Path, name: str) -> Bundle:
             f"optimum-cli export onnx --task token-classification --model {path} {path}"
         )
     window = min(FOREIGN_WINDOW, _position_limit(path))
-    return Bundle(path, name, labels, window, variants, files, True)
+    return Bundle(path, name, labels, window, True, variants, files, True)
 
 
 def _foreign_files(path: Path) -> dict[str, str]:
@@ -287,7 +293,8 @@ def describe(bundle: Bundle) -> str:
     lines = [
         f"{bundle.name} ({bundle.path})",
         f"labels    {', '.join(bundle.labels)}",
-        f"window    {bundle.window} tokens" + (", not recorded by the model" if bundle.foreign else ""),
+        f"window    {bundle.window} tokens, {'as many segments as fit' if bundle.packed else 'one segment'}"
+        + (", not recorded by the model" if bundle.foreign else ""),
     ]
     for precision, variant in bundle.variants.items():
         lines.append(f"{precision:<9} {variant.file}, {variant.bytes / 1e6:.1f} MB, SHA-256 {variant.sha256[:16]}...")
@@ -310,7 +317,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(path: Path, *, name: str, labels: tuple[str, ...], window: int, card: Mapping[str, Any]) -> None:
+def write_manifest(
+    path: Path, *, name: str, labels: tuple[str, ...], window: int, packed: bool, card: Mapping[str, Any]
+) -> None:
     """Write ``medner.json`` for the files that lie in a directory; ``card`` adds parity, training, scores, licence."""
     variants = {
         precision: {"sha256": sha256_of(path / file), "bytes": (path / file).stat().st_size}
@@ -323,6 +332,7 @@ def write_manifest(path: Path, *, name: str, labels: tuple[str, ...], window: in
         "name": name,
         "labels": list(labels),
         "window": window,
+        "packed": packed,
         "variants": variants,
         "files": {file: sha256_of(path / file) for file in used},
         **card,

@@ -12,8 +12,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import shell_complete
 
-from medner.errors import MednerError
+from medner.errors import MednerError, OutputError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -24,6 +25,16 @@ _data = click.option(
     metavar="NAME|PATH",
     help="Labelled data: CoNLL, PubTator, JSONL, hub data set; repeatable.",
 )
+
+
+def _print(message: str, *, err: bool = False) -> None:
+    """Print a result. Raises :class:`OutputError` where standard output is full."""
+    try:
+        click.echo(message, err=err)
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise OutputError(f"standard {'error' if err else 'output'}: cannot be written: {exc.strerror}") from exc
 
 
 @click.group(context_settings=_CONTEXT)
@@ -95,19 +106,20 @@ def annotate(**given: Any) -> None:
     )
     manifest = run.run(options)
     if not given["quiet"]:
-        click.echo(run.summary(manifest), err=given["output"] == "-")
+        _print(run.summary(manifest), err=given["output"] == "-")
+    run.check_rejected(manifest)
 
 
 @cli.command()
 @_data
 @click.option("--base", required=True, metavar="CHECKPOINT", help="Directory or hub name of a pretrained model.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the new checkpoint.")
-@click.option("--epochs", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=8, show_default=True, help="Passes over the data.")
 @click.option("--lr", type=float, default=1e-4, show_default=True, help="Peak learning rate; it decays linearly.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Windows of one step.")
-@click.option("--seed", type=int, default=13, show_default=True)
+@click.option("--seed", type=int, default=13, show_default=True, help="Of the shuffling and the new weights.")
 @click.option("--window", type=click.IntRange(min=8), default=128, show_default=True, help="Tokens of a window.")
-@click.option("--weight-decay", type=float, default=0.01, show_default=True)
+@click.option("--weight-decay", type=float, default=0.01, show_default=True, help="Of AdamW.")
 @click.option("--warmup-ratio", type=float, default=0.1, show_default=True, help="Share of the steps.")
 @click.option("--class-weights", is_flag=True, help="Weigh classes by their inverse frequency.")
 @click.option(
@@ -135,7 +147,7 @@ def train(inspect: int | None, labels: tuple[str, ...], **given: Any) -> None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     output = given.pop("output") or Path()
     options = training.TrainOptions(**given, output=output, labels=dict(map(_renaming, labels)))
-    click.echo(str(training.inspect(options, inspect) if inspect else training.train(options)))
+    _print(str(training.inspect(options, inspect) if inspect else training.train(options)))
 
 
 def _renaming(given: str) -> tuple[str, str]:
@@ -172,7 +184,7 @@ def export(window: str, **given: Any) -> None:
     if window != "auto" and not window.isdecimal():
         raise click.UsageError(f"--window {window}: use auto or a number of tokens")
     options = exporting.ExportOptions(**given, window=None if window == "auto" else int(window))
-    click.echo(exporting.export(options))
+    _print(exporting.export(options))
 
 
 @cli.command()
@@ -181,7 +193,13 @@ def export(window: str, **given: Any) -> None:
 )
 @click.option("--data", required=True, metavar="NAME|PATH", help="Labelled data: CoNLL, PubTator, JSONL, hub data set.")
 @click.option("--split", default="test", show_default=True, help="Split of the data set.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "int8"]), default="auto", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "int8"]),
+    default="auto",
+    show_default=True,
+    help="Variant of the bundle.",
+)
 @click.option("--window", type=click.IntRange(min=8), help="Tokens of a window.  [default: the bundle's]")
 @click.option("--wrap", type=click.IntRange(min=2), metavar="N", help="Break the lines after N characters first.")
 @click.option("--json", "target", type=click.Path(path_type=Path), metavar="FILE", help="Write the scores there, too.")
@@ -197,8 +215,8 @@ def evaluate(model: str, data: str, split: str, wrap: int | None, target: Path |
     documents = datasets.load(data, split)
     annotator = evaluation.open_model(model, Options(**given))
     scores = evaluation.evaluate(annotator, evaluation.hard_wrapped(documents, wrap) if wrap else documents)
-    click.echo(f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}, on {data} ({split})")
-    click.echo(f"{scores.documents} documents, scored on {scores.unit}\n{score.table(scores)}")
+    _print(f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}, on {data} ({split})")
+    _print(f"{scores.documents} documents, scored on {scores.unit}\n{score.table(scores)}")
     if target is not None:
         facts = {"model": model, "precision": annotator.precision, "data": data, "split": split, "wrap": wrap}
         sinks.write_json(target, facts | {"window": annotator.bundle.window, **scores.as_dict()})
@@ -212,7 +230,7 @@ def info(model: str) -> None:
 
     found = bundle.load(model)
     found.check()
-    click.echo(bundle.describe(found))
+    _print(bundle.describe(found))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,14 +243,29 @@ class _Terminated(BaseException):
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: maps every outcome to the exit code that the README promises."""
-    sys.exit(_exit_code(arguments))
+    code = _exit_code(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            # Python would try again at exit, complain, and exit with 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def _exit_code(arguments: list[str] | None) -> int:
+    if completion := os.environ.get("_MEDNER_COMPLETE"):
+        return shell_complete(cli, {}, "medner", "_MEDNER_COMPLETE", completion)
     try:
-        with _sigterm_raises():
-            cli.main(arguments, prog_name="medner", standalone_mode=False)
-        sys.stdout.flush()
+        # Not `cli.main`, which takes a closed pipe for a failure and an EOFError for Ctrl-C.
+        given = sys.argv[1:] if arguments is None else arguments
+        with _sigterm_raises(), cli.make_context("medner", list(given)) as context:
+            cli.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except click.exceptions.Exit as exc:  # after --help and --version
+        return exc.exit_code
     except click.ClickException as exc:
         exc.show()
         return exc.exit_code
@@ -245,9 +278,7 @@ def _exit_code(arguments: list[str] | None) -> int:
     except _Terminated:
         _say("terminated")
         return 143
-    except BrokenPipeError:
-        # The reader has what it wanted. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has what it wanted
         return 0
     except Exception as exc:  # a defect of medner; its message might hold note text, its type and place do not
         _say(f"internal error: {type(exc).__name__} in {_place(exc)}; MEDNER_DEBUG=1 shows the traceback")
@@ -258,7 +289,8 @@ def _exit_code(arguments: list[str] | None) -> int:
 
 
 def _say(message: str) -> None:
-    click.echo(f"medner: {message}", err=True)
+    with contextlib.suppress(OSError):
+        click.echo(f"medner: {message}", err=True)
 
 
 def _place(exc: Exception) -> str:

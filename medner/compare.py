@@ -25,10 +25,16 @@ class TorchModel:
             raise MissingPackage('PyTorch checkpoints need: pip install "medner[train]"') from exc
         self._torch: Any = torch
         try:
-            self._model = AutoModelForTokenClassification.from_pretrained(str(checkpoint), dtype=torch.float32)
-        except (OSError, ValueError) as exc:
-            raise ModelError(f"{checkpoint}: transformers cannot load it ({type(exc).__name__})") from exc
-        self._model.eval()
+            model, loading = AutoModelForTokenClassification.from_pretrained(
+                str(checkpoint), local_files_only=True, output_loading_info=True
+            )
+        except Exception as exc:  # transformers, torch and safetensors raise what they like
+            reason = next(iter(str(exc).splitlines()), "")[:200]
+            raise ModelError(f"{checkpoint}: transformers cannot load it ({type(exc).__name__}: {reason})") from exc
+        if missing := loading["missing_keys"]:
+            # transformers fills them with random numbers and goes on.
+            raise ModelError(f"{checkpoint}: has no weights for {', '.join(sorted(missing)[:4])}; fine-tune it first")
+        self._model = model.float().eval()
 
     def __call__(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Logits of a batch; see :meth:`medner.runtime.Session.__call__`."""

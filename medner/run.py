@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,8 +36,8 @@ class RunOptions:
     """What one ``medner annotate`` does.
 
     output: a directory, a file with one of ``sinks.FILE_SUFFIXES``, or ``-``. form: ``parquet`` or ``jsonl``; None
-    takes the file's, else Parquet. max_rejected: a count, ``N%`` of the rows, or ``all``. text: write the mentions'
-    text. nested: a row per note. quiet: no progress.
+    takes the file's, else Parquet. max_rejected: a count, ``N%`` of the rows, or ``all``; see :func:`check_rejected`.
+    text: write the mentions' text. nested: a row per note. quiet: no progress.
     """
 
     inputs: tuple[str, ...]
@@ -75,49 +79,52 @@ class Tally:
 
 
 def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | None = None) -> dict[str, Any]:
-    """Annotate the inputs and return the manifest.
+    """Annotate the inputs and return the manifest; :func:`check_rejected` judges it.
 
-    Raises a :class:`MednerError`; :class:`TooManyRejected` only after the output is complete.
+    Raises a :class:`MednerError`.
     """
-    allowed = _allowed_rejections(options.max_rejected)
+    _allowed_share(options.max_rejected)
+    form = _output_format(options)
     found = sources.discover(options.inputs)
+    _check_apart(found.files, options.output)
     if found.skipped and not options.quiet:
-        print(f"medner: {found.skipped} files of unknown suffix skipped", file=sys.stderr)
+        _say(f"{found.skipped} {'file' if found.skipped == 1 else 'files'} of unknown suffix skipped")
     reader = sources.Reader(found.files, options.read, stdin)
     kept = tuple(reader.schema.field(name) for name in options.read.keep)
     annotator = Annotator.load(options.model, options.annotate)
     if annotator.bundle.foreign and options.annotate.window is None and not options.quiet:
-        print(
-            f"medner: {annotator.bundle.name} does not say its window; using {annotator.bundle.window} tokens "
-            "(--window overrides)",
-            file=sys.stderr,
+        _say(
+            f"{annotator.bundle.name} does not say its window; using {annotator.bundle.window} tokens "
+            "(--window overrides)"
         )
-    sink = _sink(options, sinks.TableOptions(options.text, options.nested, kept), stdout)
     started = time.monotonic()
-    description = _description(options, annotator)
+    description = _description(options, form, found.files, annotator)
     tally = Tally()
-    parts: deque[int] = deque()
+    numbers: deque[int] = deque()
     progress = _Progress(found.files, enabled=not options.quiet)
+    sink = _sink(options, form, sinks.TableOptions(options.text, options.nested, kept), stdout)
     try:
         sink.start(description)
+        # A reader of the stream waits for its records, not for parts.
+        parts = enumerate(reader.batches()) if options.output == "-" else cut_parts(reader.batches(), options.part_rows)
         held: list[pa.RecordBatch] = []
-        number = 0
-        for batch in annotator.stream(_numbered(cut_parts(reader.batches(), options.part_rows), parts)):
-            part = parts.popleft()
-            if part != number:
-                sink.commit(number, held)
-                number, held = part, []
+        part = 0
+        for batch in annotator.stream(_numbered(parts, numbers)):
+            number = numbers.popleft()
+            if number != part:
+                sink.commit(part, held)
+                part, held = number, []
             held.append(batch)
             tally.add(batch)
             progress.update(tally, reader.bytes_read)
-        if held:
-            sink.commit(number, held)
+        # Without a single row this is an empty part, so that the tables and their columns are there.
+        sink.commit(part, held)
         manifest = {
             **description,
             "inputs": reader.inputs(),
             "counts": asdict(tally)
             | {
-                "parts": number + 1 if tally.rows else 0,
+                "parts": part + 1,
                 "windows_inferred": annotator.counts.inferred,
                 "windows_reused": annotator.counts.reused,
             },
@@ -127,12 +134,19 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
     finally:
         progress.close()
         sink.abort()
-    if tally.rejected > allowed(tally.rows):
-        raise TooManyRejected(
-            f"{tally.rejected} of {tally.rows} rows were rejected, more than --max-rejected {options.max_rejected} "
-            f"allows; the output is complete, and column reason of the notes table says why"
-        )
     return manifest
+
+
+def check_rejected(manifest: dict[str, Any]) -> None:
+    """Raise :class:`TooManyRejected` where a finished run rejected more rows than its ``max_rejected`` allows."""
+    rows, rejected = manifest["counts"]["rows"], manifest["counts"]["rejected"]
+    given = manifest["options"]["max_rejected"]
+    number, is_share = _allowed_share(given)
+    if rejected > (number * rows / 100 if is_share else number):
+        raise TooManyRejected(
+            f"{rejected} of {rows} rows were rejected, more than --max-rejected {given} allows; "
+            "the output is complete and gives each one's reason"
+        )
 
 
 def summary(manifest: dict[str, Any]) -> str:
@@ -172,29 +186,48 @@ def cut_parts(
             start = stop
 
 
-def _numbered(batches: Iterable[tuple[int, pa.RecordBatch]], parts: deque[int]) -> Iterator[pa.RecordBatch]:
-    for part, batch in batches:
-        parts.append(part)
+def _numbered(parts: Iterable[tuple[int, pa.RecordBatch]], numbers: deque[int]) -> Iterator[pa.RecordBatch]:
+    for number, batch in parts:
+        numbers.append(number)
         yield batch
 
 
-def _sink(options: RunOptions, tables: sinks.TableOptions, stdout: BinaryIO | None) -> sinks.Sink:
+def _check_apart(files: Iterable[sources.InputFile], output: str) -> None:
+    """Refuse to read what the run writes: an input would be replaced, or spans read as though they were notes."""
+    written = {path.resolve() for path in sinks.paths(Path(output)) if output != "-" and path.exists()}
+    if not written:
+        return
+    for file in files:
+        if file.path is not None and not written.isdisjoint((real := file.path.resolve(), *real.parents)):
+            raise UsageError(f"{file} is an input and lies in the output {output}; choose another -o")
+
+
+def _output_format(options: RunOptions) -> str:
+    """``parquet`` or ``jsonl``; raises :class:`UsageError` where ``--format`` and ``-o`` contradict each other."""
     if options.output == "-":
         if options.form == "parquet":
             raise UsageError("-o - writes JSON lines; --format parquet needs a file or a directory")
+        return "jsonl"
+    form = sinks.file_format(Path(options.output))
+    if form is not None and options.form not in (None, form):
+        raise UsageError(f"--format {options.form} and -o {options.output} contradict each other; drop one")
+    return form or options.form or "parquet"
+
+
+def _sink(options: RunOptions, form: str, tables: sinks.TableOptions, stdout: BinaryIO | None) -> sinks.Sink:
+    if options.output == "-":
+        if stdout is None and sys.stdout is None:
+            raise OutputError("-o -: standard output is closed")
         return sinks.StreamSink(stdout if stdout is not None else sys.stdout.buffer, tables)
     path = Path(options.output)
-    suffix = sinks.file_suffix(path)
-    if suffix is None or path.is_dir():
-        return sinks.DirectorySink(path, options.form or "parquet", tables, overwrite=options.overwrite)
-    if options.form not in (None, sinks.FILE_SUFFIXES[suffix][0]):
-        raise UsageError(f"--format {options.form} and -o {options.output} contradict each other; drop one")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent}: no such directory; create it first")
+    if sinks.file_format(path) is None:
+        return sinks.DirectorySink(path, form, tables, overwrite=options.overwrite)
     return sinks.FileSink(path, tables, overwrite=options.overwrite)
 
 
-def _description(options: RunOptions, annotator: Annotator) -> dict[str, Any]:
+def _description(
+    options: RunOptions, form: str, files: Sequence[sources.InputFile], annotator: Annotator
+) -> dict[str, Any]:
     """What is being run, known before the first note: the head of the manifest, and the whole of ``run.json``."""
     bundle, session = annotator.bundle, annotator.session
     assert session is not None
@@ -206,6 +239,7 @@ def _description(options: RunOptions, annotator: Annotator) -> dict[str, Any]:
             "name": bundle.name,
             "precision": annotator.precision,
             "window": bundle.window,
+            "packed": bundle.packed,
             "labels": list(bundle.labels),
             "device": session.device,
             "provider": session.provider,
@@ -214,10 +248,10 @@ def _description(options: RunOptions, annotator: Annotator) -> dict[str, Any]:
             "files": bundle.identity(annotator.precision),
         },
         "options": {
-            "inputs": list(options.inputs),
-            "output": options.output,
-            "model": options.model,
-            "format": options.form,
+            "inputs": _arguments(options.inputs, files),
+            "output": _printable(options.output),
+            "model": _printable(options.model),
+            "format": form,
             "text": options.text,
             "nested": options.nested,
             "part_rows": options.part_rows,
@@ -226,24 +260,46 @@ def _description(options: RunOptions, annotator: Annotator) -> dict[str, Any]:
             "batch_tokens": annotator.batch_tokens,
             "min_score": options.annotate.min_score,
             "reuse": options.annotate.reuse,
-            "read": asdict(options.read),
+            "read": asdict(options.read) | {"keep": list(options.read.keep)},
         },
     }
 
 
-def _allowed_rejections(value: str) -> Any:
-    """How many rejected rows ``--max-rejected`` allows, as a function of the rows read."""
+def _arguments(inputs: Iterable[str], files: Iterable[sources.InputFile]) -> list[str]:
+    """The INPUT arguments for the record; text files named one by one are counted, since their names may be ids."""
+    texts = {file.path for file in files if file.kind == "text"}
+    inputs = list(inputs)
+    named = [_printable(name) for name in inputs if Path(name) not in texts]
+    unnamed = len(inputs) - len(named)
+    return [*named, *([f"({unnamed} text files)"] if unnamed else [])]
+
+
+def _printable(name: str) -> str:
+    """A path as text that JSON can hold, also where it is no valid UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _allowed_share(value: str) -> tuple[Fraction, bool]:
+    """Rows that ``--max-rejected`` allows to be rejected, and whether that is a percentage of those read."""
     if value == "all":
-        return lambda rows: rows
-    try:
-        number = float(value.removesuffix("%"))
-        if number < 0 or (not value.endswith("%") and number != int(number)):
-            raise ValueError
-    except ValueError as exc:
-        raise UsageError(f"--max-rejected {value}: use a count, a percentage such as 0.5%, or all") from exc
-    if value.endswith("%"):
-        return lambda rows: rows * number / 100
-    return lambda _: number
+        return Fraction(100), True
+    if not re.fullmatch(r"[0-9]+|[0-9]+(\.[0-9]+)?%", value):
+        raise UsageError(f"--max-rejected {value}: use a count, a percentage such as 0.5%, or all")
+    return Fraction(value.removesuffix("%")), value.endswith("%")
+
+
+def _say(message: str) -> None:
+    """A line on standard error. That nobody reads it any more is no reason to stop a run."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"medner: {message}", file=sys.stderr, flush=True)
+
+
+def _size(file: sources.InputFile) -> int:
+    # Whether a file can be read is for the reader to say.
+    with contextlib.suppress(OSError):
+        return file.path.stat().st_size if file.path is not None else 0
+    return 0
 
 
 class _Progress:
@@ -253,10 +309,10 @@ class _Progress:
         self._enabled = enabled
         self._started = self._said = time.monotonic()
         self._bar: Any = None
-        self._total = sum(file.path.stat().st_size for file in files if file.path is not None)
-        if enabled and sys.stderr.isatty():
-            form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-            self._bar = tqdm(total=self._total or None, bar_format=form if self._total else None, leave=False)
+        self._total = sum(map(_size, files)) if enabled else 0
+        if enabled and sys.stderr is not None and sys.stderr.isatty():
+            form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}" if self._total else "{elapsed}{postfix}"
+            self._bar = tqdm(total=self._total or None, bar_format=form, leave=False)
 
     def update(self, tally: Tally, bytes_read: int) -> None:
         if not self._enabled:
@@ -270,10 +326,9 @@ class _Progress:
             self._bar.update(min(bytes_read, self._total) - self._bar.n)
         elif now - self._said >= _LINE_SECONDS:
             self._said = now
-            share = (
-                f"{100 * min(bytes_read, self._total) / self._total:.0f} % of the input read, " if self._total else ""
-            )
-            print(f"medner: {share}{tally.rows:,} notes, {rate:,.1f} notes/s, {tally.spans:,} spans", file=sys.stderr)
+            read = min(bytes_read, self._total)
+            share = f"{100 * read / self._total:.0f} % of the input read, " if self._total else ""
+            _say(f"{share}{tally.rows:,} notes, {rate:,.1f} notes/s, {tally.spans:,} spans")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -5,18 +5,23 @@ The only file that imports onnxruntime.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medner.errors import DeviceError, MissingPackage, ModelError
+from medner.errors import DeviceError, MissingPackage, ModelError, UsageError
 
 _DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 class Session:
@@ -47,21 +52,25 @@ class Session:
             # instead of a silent detour.
             providers = [("CUDAExecutionProvider", {"device_id": int(self.device.partition(":")[2])})]
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            with contextlib.redirect_stdout(sys.stderr):  # where it prints what it does not find
+                ort.preload_dlls()
         elif not has_exact_int8():
             options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=providers)
         except Exception as exc:  # onnxruntime raises RuntimeError and a family of private classes
-            reason = str(exc).splitlines()[0][:200]
+            reason = _reason(exc)
             if cuda:
                 raise DeviceError(
-                    f"--device {self.device}: onnxruntime cannot run {graph.name} there: {reason}"
+                    f"--device {self.device}: onnxruntime cannot run {graph.name} there ({reason}); "
+                    "check the CUDA and cuDNN libraries, or use --device cpu"
                 ) from exc
             raise ModelError(f"{graph}: onnxruntime cannot load it: {reason}") from exc
         self.provider: str = self._session.get_providers()[0]
         if cuda and self.provider != "CUDAExecutionProvider":
             raise DeviceError(
-                f"--device {self.device}: onnxruntime fell back to {self.provider}; check the CUDA and cuDNN libraries"
+                f"--device {self.device}: onnxruntime fell back to {self.provider}; "
+                "check the CUDA and cuDNN libraries, or use --device cpu"
             )
         self._inputs = {node.name for node in self._session.get_inputs()}
         unknown = self._inputs - {"input_ids", "attention_mask", "token_type_ids"}
@@ -88,17 +97,24 @@ class Session:
         try:
             (logits,) = self._session.run(["logits"], feeds)
         except Exception as exc:  # as above
-            raise ModelError(f"onnxruntime failed on a batch of {ids.shape}: {str(exc).splitlines()[0][:200]}") from exc
+            raise ModelError(f"onnxruntime failed on a batch of {ids.shape}: {_reason(exc)}") from exc
         return np.asarray(logits, dtype=np.float32)
 
 
+def _reason(exc: Exception) -> str:
+    return next(iter(str(exc).splitlines()), type(exc).__name__)[:200]
+
+
 def resolve_device(device: str) -> str:
-    """``cpu`` or ``cuda:N`` for a ``--device`` value; ``auto`` takes CUDA where onnxruntime was built with it."""
+    """``cpu`` or ``cuda:N`` for a ``--device`` value; ``auto`` takes CUDA where onnxruntime was built with it.
+
+    Raises :class:`UsageError` for a value of another form, :class:`DeviceError` where onnxruntime has no CUDA.
+    """
     if device == "auto":
         return "cuda:0" if _has_cuda() else "cpu"
     match = _DEVICE.fullmatch(device)
     if not match:
-        raise DeviceError(f"--device {device}: unknown; use auto, cpu, cuda or cuda:N")
+        raise UsageError(f"--device {device}: unknown; use auto, cpu, cuda or cuda:N")
     if device == "cpu":
         return device
     if not _has_cuda():
@@ -129,19 +145,25 @@ def version() -> str:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use: its affinity, and the limit of its cgroup (version 2)."""
+    """CPUs that this process may use: its affinity, and the limits of its cgroup (version 2) and those above it."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(cpus, -(-int(quota) // int(period))))
-    except (OSError, ValueError):
-        return max(1, cpus)
+        names = [line[4:] for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::/")]
+    except OSError:
+        names = []
+    group = _CGROUPS / "".join(names)
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max" for no limit
+            quota, period = map(int, (folder / "cpu.max").read_text(encoding="ascii").split())
+            cpus = min(cpus, -(-quota // period))
+    return max(1, cpus)
 
 
 def instruction_set() -> str:
     """The processor's features that decide which kernels onnxruntime takes, such as ``x86_64 avx512f avx512_vnni``."""
     machine = platform.machine().lower() or "unknown"
-    return " ".join([machine, *(flag for flag in _FEATURES if flag in _cpu_flags())])
+    flags = _cpu_flags()
+    return " ".join([machine, *(flag for flag in _FEATURES if flag in flags)])
 
 
 def has_exact_int8() -> bool:
@@ -159,7 +181,7 @@ _FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp"
 
 def _cpu_flags() -> frozenset[str]:
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return frozenset()
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)

@@ -70,15 +70,14 @@ def explode(batch: pa.RecordBatch, options: TableOptions = TableOptions()) -> pa
     columns |= {name: pc.struct_field(found, name) for name in schema.SPAN.names}
     if options.text:
         columns["text"] = pa.array(_mentions(batch), pa.string())
-    wanted = options.spans_schema() if not options.nested else schema.spans_schema(text=options.text, keep=options.keep)
-    return _as_table(columns, wanted)
+    return _as_table(columns, schema.spans_schema(text=options.text, keep=options.keep))
 
 
 def nest(batch: pa.RecordBatch, options: TableOptions) -> pa.Table:
     """A row per note with its spans as a list; null for a rejected note."""
     lists = batch.column("spans")
     found = pc.list_flatten(lists)
-    wanted = options.spans_schema()
+    wanted = schema.nested_schema(text=options.text, keep=options.keep)
     kind = wanted.field("spans").type
     fields = {name: pc.struct_field(found, name) for name in schema.SPAN.names}
     if options.text:
@@ -119,11 +118,16 @@ def _mentions(batch: pa.RecordBatch) -> list[str]:
 
 
 def json_lines(table: pa.Table) -> Iterator[bytes]:
-    """The rows of a table as JSON lines; a score is written with the digits that tell float32 numbers apart."""
-    for name in ("score", "spans"):
-        if name in table.column_names:
-            index = table.column_names.index(name)
-            table = table.set_column(index, name, _short_floats(table.column(name).combine_chunks()))
+    """The rows of a table as JSON lines; a score is written with the digits that tell float32 numbers apart.
+
+    Dates, times and decimals of kept columns are written as Arrow prints them.
+    """
+    for index, name in enumerate(table.column_names):
+        column = table.column(name)
+        if name in ("score", "spans"):
+            table = table.set_column(index, name, _short_floats(column.combine_chunks()))
+        elif pa.types.is_temporal(column.type) or pa.types.is_decimal(column.type):
+            table = table.set_column(index, name, column.cast(pa.string()))
     for batch in table.to_batches(max_chunksize=1024):
         for row in batch.to_pylist():
             yield orjson.dumps(row, default=str) + b"\n"
@@ -145,30 +149,57 @@ def _short_floats(column: pa.Array) -> pa.Array:
 # Files
 
 
+class _Draft:
+    """A private temporary file, open for writing, beside the path whose name it may take in the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        self.file: BinaryIO = os.fdopen(os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+
+    def close(self) -> None:
+        """Bring all that was written to the disk, and give the file the permissions of any other."""
+        self.file.flush()
+        os.fchmod(self.file.fileno(), 0o666 & ~_umask())
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def commit(self) -> None:
+        """Give the closed file its name."""
+        self._temporary.replace(self.path)
+        _sync_directory(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove the file, unless it was committed."""
+        # What cannot be flushed any more, or lies in a directory that is gone, is not wanted anyway.
+        with contextlib.suppress(OSError):
+            self.file.close()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes its final name only if the block ends without an error. Raises :class:`OutputError`."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with _translated(path):
+        draft = _Draft(path)
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_directory(path.parent)
+            yield draft.file
+            draft.close()
+            draft.commit()
         finally:
-            temporary.unlink(missing_ok=True)
+            draft.discard()
 
 
 @contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _translated(place: Path | str) -> Iterator[None]:
+    """The border where errors of the operating system become :class:`OutputError`; a closed pipe is none."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as exc:
-        raise OutputError(f"{path}: cannot be written: {exc.strerror or type(exc).__name__}") from exc
+        raise OutputError(f"{place}: cannot be written: {exc.strerror or type(exc).__name__}") from exc
 
 
 def _umask() -> int:
@@ -215,6 +246,14 @@ class _TableFile:
         elif isinstance(self._lines, pa.CompressedOutputStream):
             self._lines.close()
 
+    def abandon(self) -> None:
+        """Let go of the file, whose content is not wanted."""
+        with contextlib.suppress(OSError, ValueError):
+            self.close()
+        if self._parquet is not None:
+            # Or else pyarrow would try once more, and complain on standard error, when it frees the writer.
+            self._parquet.is_open = False
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sinks
@@ -234,12 +273,14 @@ class DirectorySink:
                 raise OutputError(f"{path}: exists and is no directory; choose another -o")
             if path.is_dir() and any(path.iterdir()):
                 _clear(path, overwrite)
-            for folder in ("spans", "notes"):
-                (path / folder).mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
 
     def start(self, run: dict[str, Any]) -> None:
-        """Record what is being run."""
+        """Record what is being run, before anything else is written."""
         write_json(self._path / RUN, run)
+        with _translated(self._path):
+            for folder in ("spans", "notes"):
+                (self._path / folder).mkdir(exist_ok=True)
 
     def commit(self, part: int, batches: Sequence[pa.RecordBatch]) -> None:
         """Write one part: ``spans`` first; its ``notes`` file is the mark that the part is complete."""
@@ -247,8 +288,12 @@ class DirectorySink:
         for folder, make, wanted in _tables(self._options):
             with atomic(self._path / folder / name) as file:
                 table = _TableFile(file, wanted, self._form, None)
-                table.write(_concat(batches, make, wanted, self._options))
-                table.close()
+                try:
+                    table.write(_concat(batches, make, wanted, self._options))
+                    table.close()
+                except BaseException:
+                    table.abandon()
+                    raise
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, the mark of a finished run."""
@@ -265,8 +310,10 @@ def _clear(path: Path, overwrite: bool) -> None:
     state = "a finished run" if (path / MANIFEST).is_file() else "an unfinished run"
     if not overwrite:
         raise OutputError(f"{path}: holds {state}; choose another -o, or pass --overwrite")
-    # The marks go first: a half-cleared directory must not look like a run.
-    for file in (path / MANIFEST, path / RUN, *path.glob("notes/part-*"), *path.glob("spans/part-*")):
+    # A part's notes file is its mark, so it goes before its spans. The old `run.json` stays until the new one replaces
+    # it: a directory that is cleared by half is an unfinished run.
+    patterns = (MANIFEST, "notes/part-*", "spans/part-*", ".*.tmp", "*/.part-*.tmp")
+    for file in (file for pattern in patterns for file in path.glob(pattern)):
         file.unlink(missing_ok=True)
 
 
@@ -274,26 +321,28 @@ class FileSink:
     """One file of spans, with the notes table and the manifest beside it; all three appear at the end."""
 
     def __init__(self, path: Path, options: TableOptions, *, overwrite: bool = False) -> None:
-        """Raises :class:`OutputError` where the file exists already and ``overwrite`` is false."""
-        suffix = file_suffix(path)
+        """Raises :class:`OutputError` where a file exists already and ``overwrite`` is false."""
+        suffix = _file_suffix(path)
         if suffix is None:
             raise OutputError(f"{path}: a single output file ends in {', '.join(FILE_SUFFIXES)}")
-        self._stem = path.with_name(path.name[: -len(suffix)])
-        self.name = str(path)
-        paths = [path, self._beside(f"notes{suffix}"), self._beside("manifest.json")]
-        for existing in paths:
+        if not path.parent.is_dir():
+            raise OutputError(f"{path.parent}: no such directory; create it first")
+        *targets, self._manifest = paths(path)
+        for existing in (*targets, self._manifest):
             if existing.exists() and not overwrite:
                 raise OutputError(f"{existing}: exists already; choose another -o, or pass --overwrite")
-        form, compression = FILE_SUFFIXES[suffix]
+        self.name = str(path)
         self._options = options
-        self._open = contextlib.ExitStack()
+        self._drafts: list[_Draft] = []
         self._files: list[_TableFile] = []
-        for target, (_, _, wanted) in zip(paths, _tables(options), strict=False):
-            file = self._open.enter_context(atomic(target))
-            self._files.append(_TableFile(file, wanted, form, compression))
-
-    def _beside(self, ending: str) -> Path:
-        return self._stem.with_name(f"{self._stem.name}.{ending}")
+        try:
+            with _translated(path):
+                for target, (_, _, wanted) in zip(targets, _tables(options), strict=True):
+                    self._drafts.append(_Draft(target))
+                    self._files.append(_TableFile(self._drafts[-1].file, wanted, *FILE_SUFFIXES[suffix]))
+        except BaseException:
+            self.abort()
+            raise
 
     def start(self, run: dict[str, Any]) -> None:
         """Nothing to record before the end: the file is not resumable."""
@@ -305,21 +354,22 @@ class FileSink:
                 file.write(_concat(batches, make, wanted, self._options))
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Give the files their names."""
+        """Give the files their names once both are on the disk, and write the manifest, the mark of a finished run."""
         with _translated(Path(self.name)):
-            for file in self._files:
+            for file, draft in zip(self._files, self._drafts, strict=True):
                 file.close()
-        self._open.close()
-        write_json(self._beside("manifest.json"), manifest)
+                draft.close()
+            self._manifest.unlink(missing_ok=True)
+            for draft in self._drafts:
+                draft.commit()
+        write_json(self._manifest, manifest)
 
     def abort(self) -> None:
         """Remove the temporary files."""
-        with contextlib.suppress(_Abandoned, OutputError):
-            self._open.__exit__(_Abandoned, _Abandoned(), None)
-
-
-class _Abandoned(Exception):
-    """Thrown into the open files so that they do not take their names."""
+        for file in self._files:
+            file.abandon()
+        for draft in self._drafts:
+            draft.discard()
 
 
 class StreamSink:
@@ -330,20 +380,21 @@ class StreamSink:
     def __init__(self, stream: IO[bytes], options: TableOptions) -> None:
         """Records have ``source, row, note_id, status, reason, spans`` and the kept columns."""
         self._stream = stream
-        self._options = TableOptions(options.text, True, options.keep)
+        self._options = options
 
     def start(self, run: dict[str, Any]) -> None:
         """A stream records nothing but its rows."""
 
     def commit(self, part: int, batches: Sequence[pa.RecordBatch]) -> None:  # noqa: ARG002 - the sinks' common call
         """Write the rows and flush."""
-        for batch in batches:
-            nested, notes = nest(batch, self._options), notes_table(batch, self._options)
-            names = [*schema.KEY.names, "status", "reason", "spans", *_names(self._options.keep)]
-            columns = [(notes if name in ("status", "reason") else nested).column(name) for name in names]
-            for line in json_lines(pa.Table.from_arrays(columns, names=names)):
-                self._stream.write(line)
-        self._stream.flush()
+        names = [*schema.KEY.names, "status", "reason", "spans", *_names(self._options.keep)]
+        with _translated("standard output"):
+            for batch in batches:
+                nested, notes = nest(batch, self._options), notes_table(batch, self._options)
+                columns = [(notes if name in ("status", "reason") else nested).column(name) for name in names]
+                for line in json_lines(pa.Table.from_arrays(columns, names=names)):
+                    self._stream.write(line)
+            self._stream.flush()
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """A stream has no manifest."""
@@ -365,6 +416,20 @@ def _concat(batches: Sequence[pa.RecordBatch], make: _Make, wanted: pa.Schema, o
     return pa.concat_tables([wanted.empty_table(), *(make(batch, options) for batch in batches)]).combine_chunks()
 
 
-def file_suffix(path: Path) -> str | None:
-    """Which of :data:`FILE_SUFFIXES` a path ends in, if any."""
+def file_format(path: Path) -> str | None:
+    """``parquet`` or ``jsonl`` where an output path names a single file, None where it names a run directory."""
+    suffix = _file_suffix(path)
+    return None if suffix is None or path.is_dir() else FILE_SUFFIXES[suffix][0]
+
+
+def paths(path: Path) -> tuple[Path, ...]:
+    """What an output path stands for: the run directory, or the spans file, the notes file and the manifest."""
+    suffix = _file_suffix(path)
+    if suffix is None or path.is_dir():
+        return (path,)
+    stem = path.name[: -len(suffix)]
+    return path, path.with_name(f"{stem}.notes{path.name[-len(suffix) :]}"), path.with_name(f"{stem}.manifest.json")
+
+
+def _file_suffix(path: Path) -> str | None:
     return next((suffix for suffix in FILE_SUFFIXES if path.name.lower().endswith(suffix)), None)

@@ -58,7 +58,8 @@ class TrainOptions:
     data: one or more data sets as for :func:`medner.datasets.load`, learnt together; their devel splits choose the
     epoch. base: a checkpoint directory or hub name. output: directory of the new checkpoint. labels: renaming of the
     data's labels. window: tokens, specials included. precision: auto, fp32, bf16 or fp16. max_documents: use only so
-    many documents of each split of each data set. resume: go on from the last epoch that was saved.
+    many documents of each split of each data set. silver: data sets that are learnt from and never scored on, such as
+    another model's spans. resume: go on from the last epoch that was saved.
     """
 
     data: tuple[str, ...]
@@ -75,6 +76,7 @@ class TrainOptions:
     precision: str = "auto"
     max_documents: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    silver: tuple[str, ...] = ()
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -354,6 +356,8 @@ def _prepare(
         ]
         for split in ("train", "devel")
     }
+    for name in options.silver:
+        data["train"] += datasets.load(name, "train", options.labels)
     labels = datasets.labels_of(data["train"])
     if not labels:
         raise InputError(f"{', '.join(options.data)}: the train split has no labelled span")
@@ -632,7 +636,7 @@ def _plain_options(options: TrainOptions) -> dict[str, Any]:
     """The options that decide what is trained, for JSON."""
     plain = asdict(options)
     del plain["resume"]
-    return {**plain, "data": list(options.data), "output": str(options.output)}
+    return {**plain, "data": list(options.data), "silver": list(options.silver), "output": str(options.output)}
 
 
 def _versions() -> dict[str, str]:

@@ -296,18 +296,19 @@ class Window:
     own_end: int
 
 
-def pack(bounds: Ints, first: int, last: int, capacity: int) -> list[Window]:
-    """Pack the segments ``first:last`` in order into windows of at most ``capacity`` tokens.
+def pack(bounds: Ints, first: int, last: int, capacity: int, *, packed: bool = True) -> list[Window]:
+    """Put the segments ``first:last`` in order into windows of at most ``capacity`` tokens.
 
-    bounds: int64 [n_segments + 1], first token of each segment. A segment longer than a window is cut into windows that
-    overlap by a quarter; of two windows that share tokens, each answers for its half of them, so that a token's label
-    comes from the window in which it stands furthest from an edge. The owned ranges tile the tokens.
+    packed: a window takes as many segments as fit; else each has a window of its own. bounds: int64 [n_segments + 1],
+    first token of each segment. A segment longer than a window is cut into windows that overlap by a quarter; of two
+    windows that share tokens, each answers for its half of them, so that a token's label comes from the window in
+    which it stands furthest from an edge. The owned ranges tile the tokens.
     """
     windows: list[Window] = []
     edges = bounds[first : last + 1].tolist()
     start = end = edges[0]
     for low, high in pairwise(edges):
-        if high - start <= capacity:
+        if high - start <= capacity and (packed or end == start):
             end = high
             continue
         if end > start:

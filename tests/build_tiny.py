@@ -100,7 +100,7 @@ def build(path: Path) -> None:
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     onnx.save(graph(vocab), str(path / bundle.VARIANT_FILES["fp32"]))
-    bundle.write_manifest(path, name="tiny", labels=LABELS, window=WINDOW, card={"licence": "Apache-2.0"})
+    bundle.write_manifest(path, name="tiny", labels=LABELS, window=WINDOW, packed=True, card={"licence": "Apache-2.0"})
 
 
 if __name__ == "__main__":

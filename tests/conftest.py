@@ -1,0 +1,74 @@
+"""Models that several test files share: the tiny bundle, and a small random BERT with attention and int8."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from medner import Annotator, testing
+from medner import bundle as bundles
+
+LABELS = ("O", "B-Disease", "I-Disease")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data; skips where there is none."""
+    path = Path(os.environ.get("MEDNER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no data in {path}; set MEDNER_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Annotator:
+    """An annotator of the tiny bundle with default options."""
+    return testing.annotator()
+
+
+@pytest.fixture(scope="session")
+def tiny_parts() -> dict[str, bytes]:
+    """The tiny bundle's files by name, to put together bundles that differ in one point."""
+    path = testing.bundle()
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="session")
+def small_bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A bundle of a random BERT, fp32 and int8: hidden 64, 2 layers, 2 heads, windows of 40, the tiny vocabulary.
+
+    Its weights are large, so that tags change from word to word and a result that depended on the batch would show.
+    """
+    torch = pytest.importorskip("torch", reason="the small BERT is made with torch")
+    transformers = pytest.importorskip("transformers", reason="the small BERT is made with transformers")
+    pytest.importorskip("optimum.exporters.onnx", reason="the small BERT is exported with optimum")
+    from medner.export import convert, optimize
+
+    path = tmp_path_factory.mktemp("small_bert")
+    config = transformers.BertConfig(
+        vocab_size=117,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: i for i, label in enumerate(LABELS)},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.BertForTokenClassification(config).save_pretrained(path / "checkpoint")
+    bundle = path / "bundle"
+    fp32, int8 = bundle / bundles.VARIANT_FILES["fp32"], bundle / bundles.VARIANT_FILES["int8"]
+    convert.to_onnx(path / "checkpoint", fp32)
+    optimize.to_int8(fp32, int8)
+    shutil.copyfile(path / "checkpoint" / "config.json", bundle / "config.json")
+    shutil.copyfile(testing.bundle() / "tokenizer.json", bundle / "tokenizer.json")
+    bundles.write_manifest(bundle, name="small", labels=LABELS, window=40, packed=True, card={})
+    yield bundle
+    shutil.rmtree(path)

@@ -1,0 +1,901 @@
+"""Checkpoint to bundle: the parity gate and what fails it, int8 by token row, the choice of the window, the layout."""
+
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("optimum.onnxruntime")
+
+from medner.export import ExportOptions, convert, export, optimize, verify  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
+
+import medner  # noqa: E402
+from medner import bundle as bundles  # noqa: E402
+from medner import runtime, testing  # noqa: E402
+from medner.annotate import Annotator, Options  # noqa: E402
+from medner.compare import TorchModel, torch_annotator  # noqa: E402
+from medner.datasets import Document  # noqa: E402
+from medner.errors import CheckFailed, InputError, ModelError, OutputError, UsageError  # noqa: E402
+from medner.runtime import Session  # noqa: E402
+
+MENTIONS = ("breast cancer", "asthma", "type 2 diabetes", "heart failure", "fever", "gouty arthritis", "pain")
+FRAMES = (
+    "The patient has {} and {} .",
+    "No {} was seen , but {} is likely .",
+    "Her mother had {} ; her father had {} at home .",
+    "She takes aspirin daily for {} or {} .",
+    "He walks every day and sleeps well .",
+    "Plan : follow up on {} and check {} again .",
+)
+PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LABELS = ("O", "B-Disease", "I-Disease")
+LIMIT = 160
+QUANTIZE = optimize.quantize_columns
+
+
+def document(rng: random.Random, sentences: int) -> Document:
+    """A made-up note whose mentions are labelled."""
+    text, spans = "", []
+    for _ in range(sentences):
+        first, *rest = rng.choice(FRAMES).split("{}")
+        text += (" " if text else "") + first
+        for after in rest:
+            mention = rng.choice(MENTIONS)
+            spans.append((len(text), len(text) + len(mention), "Disease"))
+            text += mention + after
+    return Document("note", text, tuple(spans))
+
+
+def jsonl(path: Path, documents: list[Document]) -> Path:
+    """The documents as labelled JSONL."""
+    lines = [json.dumps({"text": d.text, "spans": d.spans}) for d in documents]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """PyTorch on one thread: faster for models of this size, and no quarrel with other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers that has learned the mentions above."""
+    words = sorted({word.lower() for text in (*FRAMES, *MENTIONS) for word in text.split()} - {"{}", "gouty"})
+    vocab = {piece: i for i, piece in enumerate([*PIECES, *words, "gout", "##y"])}
+    made = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    tokenizer = transformers.BertTokenizerFast(tokenizer_object=made, model_max_length=LIMIT)
+    torch.manual_seed(7)
+    model = transformers.BertForTokenClassification(
+        transformers.BertConfig(
+            vocab_size=len(vocab),
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            max_position_embeddings=LIMIT,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            id2label=dict(enumerate(LABELS)),
+            label2id={label: i for i, label in enumerate(LABELS)},
+        )
+    )
+    rng = random.Random(7)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(60):
+        documents = [document(rng, rng.randint(1, 5)) for _ in range(24)]
+        inputs = tokenizer([d.text for d in documents], padding=True, return_offsets_mapping=True, return_tensors="pt")
+        targets = torch.zeros_like(inputs["input_ids"])
+        for row, (doc, offsets) in enumerate(zip(documents, inputs.pop("offset_mapping").tolist(), strict=True)):
+            for column, (start, end) in enumerate(offsets):
+                for low, high, _ in doc.spans:
+                    if start < end and low <= start < high:
+                        targets[row, column] = 1 if start == low else 2
+        targets[inputs["attention_mask"] == 0] = -100
+        model(**inputs, labels=targets).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("model") / "checkpoint"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty labelled notes of 1 to 10 sentences."""
+    rng = random.Random(8)
+    return jsonl(tmp_path_factory.mktemp("notes") / "notes.jsonl", [document(rng, 1 + i // 2) for i in range(20)])
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The bundle of that checkpoint, window chosen, and what the export said."""
+    output = tmp_path_factory.mktemp("export") / "small"
+    said = export(ExportOptions(checkpoint, output, str(notes), licence="CC0-1.0"))
+    return output, said
+
+
+@pytest.fixture
+def no_optimum(exported: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports take the graph that Optimum has already written, to save time."""
+
+    def copy(checkpoint: Path, graph: Path) -> None:
+        graph.parent.mkdir(parents=True)
+        shutil.copyfile(exported[0] / "onnx/model.onnx", graph)
+
+    monkeypatch.setattr(convert, "to_onnx", copy)
+
+
+def change_graph(path: Path, name: str, change: Any) -> None:
+    """Replace one initializer of a graph by ``change`` of it."""
+    model = onnx.load(path)
+    (tensor,) = (t for t in model.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), name))
+    onnx.save(model, path)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Let every export change the classifier's bias in the graph behind the gate's back."""
+    faithful = convert.to_onnx
+
+    def spoiled(checkpoint: Path, graph: Path) -> None:
+        faithful(checkpoint, graph)
+        change_graph(graph, "classifier.bias", change)
+
+    monkeypatch.setattr(convert, "to_onnx", spoiled)
+
+
+def found(annotator: Annotator, notes: Path) -> list[list[Any]]:
+    """The spans of each note in a JSONL file."""
+    texts = [json.loads(line)["text"] for line in notes.read_text(encoding="utf-8").splitlines()]
+    spans = annotator(pa.record_batch({"text": texts})).column("spans").to_pylist()
+    return [[(s["start"], s["end"], s["label"]) for s in row] for row in spans]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bundle and its report
+
+
+def test_every_variant_finds_what_pytorch_finds(checkpoint: Path, notes: Path, exported: tuple[Path, str]) -> None:
+    """fp32 and int8 both give PyTorch's spans on the notes, and those are the labelled ones."""
+    output, _ = exported
+    window = bundles.load(output).window
+    reference = found(torch_annotator(checkpoint, Options(window=window)), notes)
+    gold = [[tuple(s) for s in json.loads(line)["spans"]] for line in notes.read_text().splitlines()]
+    assert reference == gold
+    assert sum(map(len, gold)) > 100
+    for precision in ("fp32", "int8"):
+        assert found(medner.load(output, Options(precision=precision, device="cpu")), notes) == reference
+
+
+def test_files_of_a_bundle(checkpoint: Path, exported: tuple[Path, str]) -> None:
+    """A bundle holds the layout of DESIGN section 4 and nothing else; settings and tokenizer are the checkpoint's."""
+    output, _ = exported
+    files = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    assert files == [
+        "README.md",
+        "config.json",
+        "medner.json",
+        "onnx/model.onnx",
+        "onnx/model_int8.onnx",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        assert (output / name).read_bytes() == (checkpoint / name).read_bytes()
+    assert [path.name for path in output.parent.iterdir()] == ["small"]
+
+
+def test_manifest_of_a_bundle(checkpoint: Path, notes: Path, exported: tuple[Path, str]) -> None:
+    """medner.json records labels, window, hashes, licence, versions and the gate's figures; all hashes hold."""
+    output, said = exported
+    card = json.loads((output / "medner.json").read_text(encoding="utf-8"))
+    reference = torch_annotator(checkpoint, Options(window=card["window"]))
+    texts = [json.loads(line)["text"] for line in notes.read_text(encoding="utf-8").splitlines()]
+    counts = reference(pa.record_batch({"text": texts}))
+    tokens, windows, spans = (sum(counts.column(name).to_pylist()) for name in ("n_tokens", "n_windows", "n_spans"))
+    parity = card.pop("parity")
+    largest = parity["logits"].pop("max_difference")
+    assert 0 < largest < 1e-4
+    assert card == {
+        "format_version": 1,
+        "name": "small",
+        "labels": list(LABELS),
+        "window": 128,
+        "variants": {
+            precision: {
+                "sha256": bundles.sha256_of(output / file),
+                "bytes": (output / file).stat().st_size,
+            }
+            for precision, file in (("fp32", "onnx/model.onnx"), ("int8", "onnx/model_int8.onnx"))
+        },
+        "files": {
+            name: bundles.sha256_of(checkpoint / name)
+            for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
+        },
+        "licence": "CC0-1.0",
+        "training": None,
+        "versions": {
+            "medner": medner.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "optimum": card["versions"]["optimum"],
+            "optimum-onnx": card["versions"]["optimum-onnx"],
+            "onnx": onnx.__version__,
+            "onnxruntime": ort.__version__,
+        },
+    }
+    scores = {"spans": spans, "agreement": 1.0, "f1": 1.0, "reference_f1": 1.0, "passed": True}
+    assert parity == {
+        "data": "notes.jsonl",
+        "documents": 20,
+        "window": 128,
+        "windows_tried": {"64": 1.0, "96": 1.0, "128": 1.0},
+        "logits": {"tokens": tokens + 2 * windows, "ties": 0, "differences": 0},
+        "variants": {"fp32": scores, "int8": scores},
+    }
+    assert said == (
+        f"parity on notes.jsonl: 20 documents, window 128; logits differ by at most {largest:.1e}, 0 ties, "
+        f"0 differences in {tokens + 2 * windows} tokens\n"
+        f"fp32: {spans} spans, 100.00% equal, F1 1.0000 (PyTorch 1.0000)\n"
+        f"int8: {spans} spans, 100.00% equal, F1 1.0000 (PyTorch 1.0000)"
+    )
+    assert (output / "README.md").read_text(encoding="utf-8") == (
+        "# small\n\n"
+        "A token classifier for Disease, exported by medner.\n\n"
+        "- Licence: CC0-1.0\n"
+        "- Labels: O, B-Disease, I-Disease\n"
+        "- Window: 128 tokens\n\n"
+        "## Parity with PyTorch, on notes.jsonl (20 documents)\n\n"
+        "| variant | spans | equal to PyTorch's | F1 | PyTorch's F1 |\n"
+        "|---|---|---|---|---|\n"
+        f"| fp32 | {spans} | 100.00% | 1.0000 | 1.0000 |\n"
+        f"| int8 | {spans} | 100.00% | 1.0000 | 1.0000 |\n"
+    )
+    bundles.load(output).check()
+
+
+def test_other_tools_load_a_bundle(checkpoint: Path, exported: tuple[Path, str]) -> None:
+    """Optimum's ORTModelForTokenClassification loads both variants; fp32 gives PyTorch's logits."""
+    from optimum.onnxruntime import ORTModelForTokenClassification
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported[0])
+    inputs = tokenizer(["She has asthma .", "No fever , but pain in the heart ."], padding=True, return_tensors="pt")
+    model = transformers.AutoModelForTokenClassification.from_pretrained(checkpoint).eval()
+    with torch.inference_mode():
+        expected = model(**inputs).logits.numpy()
+    mask = inputs["attention_mask"].numpy().astype(bool)
+    for file, tolerance in (("model.onnx", 1e-5), ("model_int8.onnx", 0.5)):
+        loaded = ORTModelForTokenClassification.from_pretrained(exported[0], subfolder="onnx", file_name=file)
+        assert loaded.config.id2label == dict(enumerate(LABELS))
+        np.testing.assert_allclose(loaded(**inputs).logits.numpy()[mask], expected[mask], atol=tolerance)
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_one_precision(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
+    """With --precision int8 alone the fp32 graph serves the gate and is left out; its figures stay in the report."""
+    export(ExportOptions(checkpoint, tmp_path / "new" / "b", str(notes), precisions=("int8",), window=64, name="mine"))
+    bundle = bundles.load(tmp_path / "new" / "b")
+    assert (bundle.name, bundle.window, list(bundle.variants)) == ("mine", 64, ["int8"])
+    assert list(bundle.card["parity"]["variants"]) == ["fp32", "int8"]
+    assert not (bundle.path / "onnx/model.onnx").exists()
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_what_training_recorded(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
+    """metrics.json of the checkpoint goes into medner.json."""
+    trained = shutil.copytree(checkpoint, tmp_path / "trained")
+    (trained / "metrics.json").write_text('{"options": {"window": 32}, "devel": 0.5}')
+    export(ExportOptions(trained, tmp_path / "b", str(notes), precisions=("fp32",), window=48))
+    card = bundles.load(tmp_path / "b").card
+    assert card["training"] == {"options": {"window": 32}, "devel": 0.5}
+    assert card["parity"]["windows_tried"] == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gate
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_a_corrupted_graph_is_not_written(
+    checkpoint: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that finds other spans than PyTorch fails the gate, and no file is left behind."""
+    spoil(monkeypatch, lambda bias: bias + np.array([100, 0, 0], np.float32))
+    batch = pa.record_batch({"text": [json.loads(line)["text"] for line in notes.read_text().splitlines()]})
+    counts = torch_annotator(checkpoint, Options(window=64))(batch)
+    tokens = sum(counts.column("n_tokens").to_pylist()) + 2 * sum(counts.column("n_windows").to_pylist())
+    with pytest.raises(CheckFailed) as failure:
+        export(ExportOptions(checkpoint, tmp_path / "b", str(notes), window=64))
+    start = "parity gate: the fp32 variant failed on notes.jsonl and was not written: "
+    said, end = str(failure.value).removeprefix(start).split(" of ")
+    assert end == f"{tokens} tokens have another tag than PyTorch gives"
+    assert 100 < int(said) < tokens
+    assert failure.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def lossy(matrix: Any) -> tuple[Any, Any]:
+    """``quantize_columns`` that loses every fourth column: words of the table, neurons of the layers.
+
+    Fewer bits alone do not disturb a model as sure of itself as this one.
+    """
+    values, scale = QUANTIZE(matrix)
+    values[:, ::4] = 0
+    return values, scale
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_an_int8_variant_that_fails_is_not_written(
+    checkpoint: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If int8 loses too much it is left out, fp32 is written, and the call fails with the figures; exit code 1."""
+    monkeypatch.setattr(optimize, "quantize_columns", lossy)
+    with pytest.raises(CheckFailed) as failure:
+        export(ExportOptions(checkpoint, tmp_path / "b", str(notes), window=64))
+    bundle = bundles.load(tmp_path / "b")
+    assert list(bundle.variants) == ["fp32"]
+    assert not (bundle.path / "onnx/model_int8.onnx").exists()
+    result = bundle.card["parity"]["variants"]["int8"]
+    assert not result["passed"]
+    assert str(failure.value) == (
+        "parity gate: the int8 variant failed on notes.jsonl and was not written: "
+        f"{result['agreement']:.2%} of spans equal PyTorch's, F1 {result['f1']:.4f} against 1.0000"
+    )
+    assert failure.value.exit_code == 1
+    assert result["f1"] < 0.998
+    assert "\n| int8 (failed, not written) | " in (bundle.path / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_no_bundle_without_a_variant(
+    checkpoint: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If int8 alone is asked for and fails, nothing is written, and an older bundle stays."""
+    old = shutil.copytree(testing.bundle(), tmp_path / "b")
+    monkeypatch.setattr(optimize, "quantize_columns", lossy)
+    options = ExportOptions(checkpoint, old, str(notes), precisions=("int8",), window=64, overwrite=True)
+    with pytest.raises(CheckFailed):
+        export(options)
+    assert bundles.load(old).name == "tiny"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def with_bias(checkpoint: Path, path: Path, change: Any) -> Path:
+    """A copy of the checkpoint in which the classes B and I differ by their bias alone."""
+    shutil.copytree(checkpoint, path)
+    model = transformers.AutoModelForTokenClassification.from_pretrained(path)
+    with torch.no_grad():
+        model.classifier.weight[2] = model.classifier.weight[1]
+        model.classifier.bias[2] = model.classifier.bias[1] + change
+    model.save_pretrained(path)
+    return path
+
+
+def gate(checkpoint: Path, notes: Path, graph: Path) -> tuple[verify.VariantParity, verify.Report]:
+    """The gate's answer for an fp32 graph in windows of 64 tokens."""
+    described = bundles.load_checkpoint(checkpoint, 64)
+    asked = verify.Gate(described, TorchModel(checkpoint), verify.read_parity_data(str(notes)))
+    return asked.check("fp32", graph), asked.report
+
+
+@pytest.fixture(scope="module")
+def tied(exported: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp32 graph with two equal classes, B and I, but I has 1e-5 more: it wins wherever B did."""
+    path = tmp_path_factory.mktemp("tied") / "model.onnx"
+    model = onnx.load(exported[0] / "onnx/model.onnx")
+    (classifier,) = (n for n in model.graph.node if n.op_type == "Add" and n.output[0] == "logits")
+    (product,) = (n for n in model.graph.node if n.output[0] in classifier.input and n.op_type == "MatMul")
+    onnx.save(model, path)
+
+    def even(weight: Any) -> Any:
+        return weight[:, [0, 1, 1]]
+
+    change_graph(path, product.input[1], even)
+    change_graph(path, "classifier.bias", lambda bias: bias[[0, 1, 1]] + np.array([0, 0, 1e-5], np.float32))
+    return path
+
+
+def test_ties_are_counted_and_allowed(checkpoint: Path, notes: Path, tied: Path, tmp_path: Path) -> None:
+    """Where PyTorch's two highest logits lie within 1e-3, another tag is a tie: counted, and no failure."""
+    # Equal classes: PyTorch says B, the graph says I. All words of mentions differ.
+    result, report = gate(with_bias(checkpoint, tmp_path / "equal", 0.0), notes, tied)
+    assert report.logits.differences == 0
+    assert report.logits.ties >= 100
+    assert result.agreement < 1
+    assert result.passed
+
+
+@pytest.mark.parametrize(("gap", "is_tie"), [(0.9e-3, True), (1.1e-3, False)])
+def test_what_a_tie_is(checkpoint: Path, notes: Path, tied: Path, tmp_path: Path, gap: float, is_tie: bool) -> None:
+    """A gap of 0.9e-3 between PyTorch's two highest logits is a tie, one of 1.1e-3 is a difference and fails."""
+    result, report = gate(with_bias(checkpoint, tmp_path / "near", -gap), notes, tied)
+    counted = (report.logits.ties, report.logits.differences)
+    assert min(counted) == 0
+    assert counted[0 if is_tie else 1] >= 100
+    assert result.passed == is_tie
+
+
+def test_a_gate_that_sees_no_span_proves_nothing(checkpoint: Path, exported: tuple[Path, str], tmp_path: Path) -> None:
+    """Parity data in which PyTorch's model finds nothing is refused."""
+    dull = jsonl(tmp_path / "dull.jsonl", [Document("a", "He walks every day .", ())])
+    with pytest.raises(InputError) as failure:
+        gate(checkpoint, dull, exported[0] / "onnx/model.onnx")
+    assert str(failure.value) == "dull.jsonl: PyTorch's model finds no span in it, so it proves nothing"
+
+
+def test_plain_notes_are_held_to_agreement(checkpoint: Path, exported: tuple[Path, str], tmp_path: Path) -> None:
+    """Without labels there is no F1: int8 passes with 98 % of spans equal and fails below."""
+    rng = random.Random(9)
+    path = tmp_path / "plain.jsonl"
+    path.write_text("".join(json.dumps({"text": document(rng, 4).text}) + "\n" for _ in range(12)))
+    plain = verify.read_parity_data(str(path))
+    asked = verify.Gate(bundles.load_checkpoint(checkpoint, 64), TorchModel(checkpoint), plain)
+    asked.check("fp32", exported[0] / "onnx/model.onnx")
+    good = asked.check("int8", exported[0] / "onnx/model_int8.onnx")
+    assert (good.f1, good.reference_f1, good.agreement, good.passed) == (None, None, 1.0, True)
+    dull = shutil.copyfile(exported[0] / "onnx/model_int8.onnx", tmp_path / "dull.onnx")
+    change_graph(dull, "classifier.bias", lambda bias: bias + np.array([100, 0, 0], np.float32))
+    assert asked.check("int8", dull) == verify.VariantParity(0, 0.0, None, None, False)
+    assert str(verify.failure("int8", asked.report)) == (
+        "parity gate: the int8 variant failed on plain.jsonl and was not written: 0.00% of spans equal PyTorch's"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options and outputs
+
+
+def test_an_unknown_precision(tmp_path: Path) -> None:
+    """A precision that cannot be exported, or none, is a usage error."""
+    for precisions, said in ((("fp32", "fp64"), "fp64"), ((), "none")):
+        with pytest.raises(UsageError) as failure:
+            export(ExportOptions(tmp_path, tmp_path / "b", "notes.jsonl", precisions=precisions))
+        assert str(failure.value) == f"--precision {said}: use fp32 or int8"
+
+
+def test_an_output_that_exists(tmp_path: Path) -> None:
+    """A bundle needs --overwrite; a directory or file that is no bundle is refused even with it."""
+    bundle = shutil.copytree(testing.bundle(), tmp_path / "bundle")
+    with pytest.raises(OutputError) as failure:
+        export(ExportOptions(tmp_path, bundle, "notes.jsonl"))
+    assert str(failure.value) == f"{bundle}: holds a bundle; choose another -o, or pass --overwrite"
+    (tmp_path / "file").write_text("precious")
+    for other in (tmp_path, tmp_path / "file"):
+        with pytest.raises(OutputError) as failure:
+            export(ExportOptions(tmp_path, other, "notes.jsonl", overwrite=True))
+        assert str(failure.value) == f"{other}: exists and is no bundle; choose another -o"
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_overwrite(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
+    """--overwrite replaces a bundle as a whole."""
+    old = shutil.copytree(testing.bundle(), tmp_path / "b")
+    (old / "extra.txt").write_text("gone")
+    export(ExportOptions(checkpoint, old, str(notes), precisions=("fp32",), window=64, overwrite=True))
+    assert bundles.load(old).name == "b"
+    assert not (old / "extra.txt").exists()
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_an_output_that_cannot_be_written(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
+    """A parent that is a file is an output error."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError) as failure:
+        export(ExportOptions(checkpoint, tmp_path / "file" / "b", str(notes)))
+    assert str(failure.value) == f"{tmp_path / 'file' / 'b'}: cannot be written (File exists)"
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
+def test_a_checkpoint_that_lacks_a_file(checkpoint: Path, notes: Path, tmp_path: Path, missing: str) -> None:
+    """A checkpoint without settings or fast tokenizer is refused before anything is written."""
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    (broken / missing).unlink()
+    with pytest.raises(ModelError) as failure:
+        export(ExportOptions(broken, tmp_path / "b", str(notes)))
+    assert str(failure.value) == (
+        f"{broken}: no {missing}; a model directory holds config.json, tokenizer.json and the model"
+    )
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_a_checkpoint_that_is_absent_or_has_no_weights(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
+    """A missing directory is named; so are weights that transformers would fill with random numbers."""
+    with pytest.raises(ModelError) as failure:
+        export(ExportOptions(tmp_path / "none", tmp_path / "b", str(notes)))
+    assert str(failure.value) == f"{tmp_path / 'none'}: no such checkpoint directory"
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    with pytest.raises(ModelError) as failure:
+        export(ExportOptions(broken, tmp_path / "b", str(notes)))
+    assert str(failure.value) == (
+        f"{broken}: has no weights for bert.embeddings.LayerNorm.bias, bert.embeddings.LayerNorm.weight, "
+        "bert.embeddings.position_embeddings.weight, bert.embeddings.token_type_embeddings.weight; fine-tune it first"
+    )
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_what_optimum_cannot_export(checkpoint: Path, tmp_path: Path) -> None:
+    """An architecture that is unknown to it is a model error with the reason."""
+    strange = shutil.copytree(checkpoint, tmp_path / "strange")
+    config = json.loads((strange / "config.json").read_text()) | {"model_type": "strange"}
+    (strange / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError) as failure:
+        convert.to_onnx(strange, tmp_path / "model.onnx")
+    assert str(failure.value).startswith(f"{strange}: Optimum cannot export it (ValueError: ")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parity data
+
+
+PUBTATOR = "1|t|Asthma in adults .\n1|a|No fever .\n1\t0\t6\tAsthma\tDisease\tD1\n"
+
+
+def test_labelled_parity_data(tmp_path: Path) -> None:
+    """CoNLL, PubTator and JSONL with spans are labelled."""
+    (tmp_path / "a.tsv").write_text("Asthma\tB-Disease\n.\tO\n")
+    (tmp_path / "b.txt").write_text(PUBTATOR)
+    jsonl(tmp_path / "c.jsonl", [Document("", "asthma", ((0, 6, "Disease"),))])
+    expected = {"a.tsv": "Asthma .", "b.txt": "Asthma in adults . No fever .", "c.jsonl": "asthma"}
+    for name, text in expected.items():
+        data = verify.read_parity_data(str(tmp_path / name))
+        (only,) = data.documents
+        assert (data.name, data.labelled, only.text, only.spans) == (name, True, text, ((0, 6, "Disease"),))
+
+
+def test_a_directory_of_splits(tmp_path: Path) -> None:
+    """Of a data set the split asked for is read."""
+    (tmp_path / "devel.tsv").write_text("Asthma\tB-Disease\n")
+    (tmp_path / "test.tsv").write_text("Fever\tB-Disease\n")
+    assert [d.text for d in verify.read_parity_data(str(tmp_path)).documents] == ["Asthma"]
+    assert [d.text for d in verify.read_parity_data(str(tmp_path), "test").documents] == ["Fever"]
+
+
+def test_plain_parity_data(tmp_path: Path) -> None:
+    """JSONL without spans, CSV and Parquet are plain notes; empty and rejected ones are left out."""
+    (tmp_path / "a.jsonl").write_text('\n{"text": "has asthma"}\n{"text": ""}\n{"text": 3}\n{"text": "no fever"}\n')
+    # Read as CoNLL this would be a labelled sentence.
+    (tmp_path / "b.csv").write_text("id, x,text\n1, y,has asthma\n2, z,no fever\n")
+    pq.write_table(pa.table({"text": ["has asthma", None, "no fever"]}), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.csv", "c.parquet"):
+        data = verify.read_parity_data(str(tmp_path / name))
+        assert (data.name, data.labelled, [d.text for d in data.documents]) == (name, False, ["has asthma", "no fever"])
+
+
+def test_unusable_parity_data(tmp_path: Path) -> None:
+    """A missing file, one without notes, one without the column, and a broken label are errors that name the place."""
+    for name, content in (
+        ("empty.csv", "text\n"),
+        ("other.csv", "note\nhas asthma\n"),
+        ("broken.jsonl", '{"text": "asthma", "spans": []}\n{"text": "asthma", "spans": [[0, 9, "Disease"]]}\n'),
+    ):
+        (tmp_path / name).write_text(content)
+    said = []
+    for name in ("none.tsv", "empty.csv", "other.csv", "broken.jsonl"):
+        with pytest.raises(InputError) as failure:
+            verify.read_parity_data(str(tmp_path / name))
+        said.append(str(failure.value))
+    assert said == [
+        f"{tmp_path}/none.tsv: no such file or directory",
+        f"{tmp_path}/empty.csv: holds no notes; the parity gate needs real text",
+        f"{tmp_path}/other.csv has no column 'text'; name another with --text-column",
+        f"{tmp_path}/broken.jsonl:2: span 0:9 lies outside the text of 6 code points",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The window
+
+
+class Fake:
+    """Finds every fever; in a batch wider than ``limit`` tokens it overlooks every asthma."""
+
+    def __init__(self, limit: int) -> None:
+        tokenizer = Tokenizer.from_file(str(testing.bundle() / "tokenizer.json"))
+        self._fever, self._asthma = tokenizer.token_to_id("fever"), tokenizer.token_to_id("asthma")
+        self._limit = limit
+
+    def __call__(self, ids: Any, _: Any) -> Any:
+        """Logits of O, B and I."""
+        logits = np.zeros((*ids.shape, 3), np.float32)
+        logits[..., 0] = 1
+        logits[ids == self._fever, 1] = 2
+        if ids.shape[1] <= self._limit:
+            logits[ids == self._asthma, 1] = 2
+        return logits
+
+
+def fevers(sentences: int, asthmas: int) -> Document:
+    """Sentences of four tokens with a fever each, in the first ones an asthma instead."""
+    words = ["asthma" if i < asthmas else "fever " for i in range(sentences)]
+    text = "".join(f"a {word} a . " for word in words)
+    spans = tuple((13 * i + 2, 13 * i + 2 + len(w.strip()), "Disease") for i, w in enumerate(words))
+    assert all(text[s:e] in ("asthma", "fever") for s, e, _ in spans)
+    return Document("long", text.rstrip(), spans)
+
+
+def data(*documents: Document) -> verify.ParityData:
+    """Labelled data."""
+    return verify.ParityData("devel.txt", list(documents), True)
+
+
+def f1(gold: int, missed: int) -> float:
+    """F1 without a false positive."""
+    return 2 * (gold - missed) / (2 * gold - missed)
+
+
+def test_the_best_window_is_chosen() -> None:
+    """A model that loses mentions in windows of more than 100 tokens gets the longest below; every F1 is reported."""
+    # 400 tokens: the windows of 128 and more overlook the 20 asthmas at the start.
+    chosen, tried = verify.choose_window(bundles.load("tiny"), Fake(100), data(fevers(100, 20)))
+    assert chosen == 96
+    assert tried == dict.fromkeys((64, 96), 1.0) | {w: f1(100, 20) for w in (128, 192, 256, 384, 512)}
+
+
+@pytest.mark.parametrize(("missed", "expected"), [(1, 512), (2, 96)])
+def test_the_longest_window_within_tolerance(missed: int, expected: int) -> None:
+    """A longer window may lose 0.002 of F1, not more."""
+    chosen, tried = verify.choose_window(
+        bundles.load("tiny"), Fake(100), data(*[fevers(120, 0)] * 3, fevers(120, missed))
+    )
+    assert tried[512] == f1(480, missed)
+    assert chosen == expected
+
+
+def test_windows_that_cannot_be_told_apart_are_not_tried() -> None:
+    """The first window that holds every document whole is the last one tried."""
+    _, tried = verify.choose_window(bundles.load("tiny"), Fake(512), data(fevers(30, 0), fevers(2, 0)))
+    assert list(tried) == [64, 96, 128]
+
+
+def limited(path: Path, limit: int) -> bundles.Bundle:
+    """The tiny bundle for a model of so many positions, as a foreign model."""
+    shutil.copytree(testing.bundle(), path)
+    (path / "medner.json").unlink()
+    config = json.loads((path / "config.json").read_text()) | {"max_position_embeddings": limit}
+    (path / "config.json").write_text(json.dumps(config))
+    return bundles.load(path)
+
+
+def test_windows_beyond_the_limit_are_skipped(tmp_path: Path) -> None:
+    """A model of 130 positions is tried up to 128 tokens, one of 60 not at all."""
+    documents = data(fevers(100, 0))
+    chosen, tried = verify.choose_window(limited(tmp_path / "a", 130), Fake(512), documents)
+    assert (chosen, list(tried)) == (128, [64, 96, 128])
+    with pytest.raises(ModelError) as failure:
+        verify.choose_window(limited(tmp_path / "b", 60), Fake(512), documents)
+    assert str(failure.value) == "b: its limit is below the 64 tokens of --window auto: pass --window N"
+
+
+def test_the_window_needs_labelled_documents() -> None:
+    """Neither plain notes nor single sentences can choose a window."""
+    plain = verify.ParityData("notes.csv", [Document("0", "fever", ())], False)
+    with pytest.raises(InputError) as failure:
+        verify.choose_window(bundles.load("tiny"), Fake(512), plain)
+    assert str(failure.value) == "--window auto needs labelled documents; notes.csv holds none: pass --window N"
+    sentences = data(Document("0", "fever", ((0, 5, "Disease"),), ((0, 5),)))
+    with pytest.raises(InputError) as failure:
+        verify.choose_window(bundles.load("tiny"), Fake(512), sentences)
+    assert str(failure.value) == (
+        "--window auto needs whole documents; devel.txt holds single sentences, which fit any window: pass --window N"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int8
+
+
+def plain_product(x: Any, weight: Any) -> Any:
+    """The documented formula for one matrix product, in plain numpy: float32 [..., k] by float32 [k, n]."""
+    column_scale = np.maximum(np.abs(weight).max(axis=0), np.float32(1e-12)) / np.float32(127)
+    w = np.rint(weight / column_scale).astype(np.int32)
+    row_scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(1e-12)) / np.float32(127)
+    q = np.clip(np.rint(x / row_scale) + 128, 0, 255).astype(np.int32) - 128
+    return (q @ w).astype(np.float32) * column_scale * row_scale
+
+
+def test_quantize_columns() -> None:
+    """One scale a column, its largest weight at 127; the error is at most half a step; a zero column stays zero."""
+    rng = np.random.default_rng(0)
+    matrix = (rng.normal(size=(40, 24)) * np.geomspace(1e-6, 1e3, 24)).astype(np.float32)
+    matrix[:, 5] = 0
+    values, scale = optimize.quantize_columns(matrix)
+    assert (values.dtype, scale.dtype, values.shape, scale.shape) == (np.int8, np.float32, (40, 24), (24,))
+    assert (np.abs(values).max(axis=0) == [0 if i == 5 else 127 for i in range(24)]).all()
+    assert (np.abs(values * scale - matrix) <= 0.5001 * scale).all()
+    assert np.array_equal(values, np.rint(matrix / scale))
+    assert (scale > 0).all()
+
+
+def small_graph(table: Any, *weights: Any, product: str = "MatMul") -> Any:
+    """``logits = table[input_ids]``, then a product with each weight."""
+    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["x0"], "embed")]
+    for i in range(len(weights)):
+        output = "logits" if i == len(weights) - 1 else f"x{i + 1}"
+        nodes.append(helper.make_node(product, [f"x{i}", f"w{i}"], [output], f"product{i}"))
+    constants = {"table": table, **{f"w{i}": weight for i, weight in enumerate(weights)}}
+    shape = ["batch", "length"] if product == "MatMul" else ["length"]
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "small",
+            [helper.make_tensor_value_info("input_ids", TensorProto.INT64, shape)],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*shape, weights[-1].shape[1]])],
+            [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=8,
+    )
+
+
+def test_the_graph_computes_the_documented_formula(tmp_path: Path) -> None:
+    """Random tables and weights, zero rows and columns among them: the int8 graph equals plain numpy, bit for bit."""
+    rng = np.random.default_rng(1)
+    table = (rng.normal(size=(50, 32)) * np.geomspace(1e-3, 1e2, 50)[:, None]).astype(np.float32)
+    table[7] = 0
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in ((32, 48), (48, 20))]
+    weights[0][:, 3] = 0
+    onnx.save(small_graph(table, *weights), tmp_path / "fp32.onnx")
+    done = optimize.to_int8(tmp_path / "fp32.onnx", tmp_path / "new" / "int8.onnx")
+    assert done == optimize.Quantized(products=2, activations=2, tables=1)
+
+    ids = rng.integers(0, 50, size=(6, 16))
+    ids[0, :3] = 7
+    logits = Session(tmp_path / "new" / "int8.onnx", "cpu")(ids, np.full(6, 16))
+    row_scale = np.maximum(np.abs(table).max(axis=1, keepdims=True), np.float32(1e-12)) / np.float32(127)
+    x = (np.rint(table / row_scale) * row_scale)[ids]
+    for weight in weights:
+        x = plain_product(x, weight)
+    assert np.isfinite(logits).all()
+    assert (logits[0, :3] == 0).all()
+    np.testing.assert_array_equal(logits, x)
+
+
+def test_a_graph_without_anything_to_quantize(tmp_path: Path) -> None:
+    """No product with a wide constant, or no table that input_ids look up, is an error that counts both."""
+    shutil.copyfile(testing.bundle() / "onnx/model.onnx", tmp_path / "tiny.onnx")
+    with pytest.raises(ModelError) as failure:
+        optimize.to_int8(tmp_path / "tiny.onnx", tmp_path / "int8.onnx")
+    assert str(failure.value) == f"{tmp_path}/tiny.onnx: 0 matrix products and 2 embedding tables to quantize"
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_weights_that_would_stay_fp32(tmp_path: Path) -> None:
+    """A weight matrix in a node of another kind is an error, not a graph that is half int8."""
+    table, weight = np.ones((50, 32), np.float32), np.ones((32, 32), np.float32)
+    model = small_graph(table, weight, weight, weight)
+    model.graph.node[2].op_type = "Gemm"
+    onnx.save(model, tmp_path / "gemm.onnx")
+    with pytest.raises(ModelError) as failure:
+        optimize.to_int8(tmp_path / "gemm.onnx", tmp_path / "int8.onnx")
+    assert str(failure.value) == (
+        f"{tmp_path}/gemm.onnx: int8 is for graphs of Optimum's; these nodes keep fp32 weights: product1 (Gemm)"
+    )
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_counts_of_int8_nodes(exported: tuple[Path, str], tmp_path: Path) -> None:
+    """Two layers of BERT: six products each, of which Q, K and V share an activation; the embeddings are int8."""
+    source = exported[0] / "onnx/model.onnx"
+    assert optimize.to_int8(source, tmp_path / "int8.onnx") == optimize.Quantized(products=12, activations=8, tables=1)
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    assert (tmp_path / "int8.onnx").read_bytes() == (exported[0] / "onnx/model_int8.onnx").read_bytes()
+    initializers = {t.name: t for t in graph.initializer}
+    products = [n for n in graph.node if n.op_type == "MatMulInteger"]
+    assert Counter(n.op_type for n in graph.node)["MatMulInteger"] == 12
+    # onnxruntime's option for processors without VNNI rewrites zero points node by node.
+    assert len({n.input[2] for n in products}) == 12
+    assert {initializers[n.input[2]].data_type for n in products} == {TensorProto.UINT8}
+    assert {initializers[n.input[1]].data_type for n in products} == {TensorProto.INT8}
+    (words,) = (n for n in graph.node if n.op_type == "Gather" and n.name == "/bert/embeddings/word_embeddings/Gather")
+    assert initializers[words.input[0]].data_type == TensorProto.INT8
+    # What is left in fp32: position and type tables, the classifier, and vectors.
+    wide = [t for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2 and min(t.dims) > 3]
+    assert [tuple(t.dims) for t in wide] == [(LIMIT, 64)]
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.5 * source.stat().st_size
+
+
+def test_onnxruntime_fuses_no_product(exported: tuple[Path, str], tmp_path: Path) -> None:
+    """After optimization every product is still a MatMulInteger: a fused one would take the row scale for a scalar."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    ort.InferenceSession(exported[0] / "onnx/model_int8.onnx", options, providers=["CPUExecutionProvider"])
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert counts["MatMulInteger"] == 12
+    assert {name for name in counts if "MatMulInteger" in name or "QuantizeMatMul" in name} == {"MatMulInteger"}
+
+
+@pytest.mark.parametrize("variant", ["model.onnx", "model_int8.onnx"])
+def test_a_window_does_not_depend_on_its_batch(exported: tuple[Path, str], variant: str) -> None:
+    """Logits are the same bits for a window alone, in a batch, and with other partners, at one padded length."""
+    session = Session(exported[0] / "onnx" / variant, "cpu")
+    rng = np.random.default_rng(2)
+    for width in (8, 40, 128):
+        ids = rng.integers(4, 50, size=(12, width))
+        lengths = rng.integers(width - 5, width + 1, size=12)
+        together = session(ids, lengths)
+        shuffled = rng.permutation(12)
+        again = session(ids[shuffled[:5]], lengths[shuffled[:5]])
+        for row in range(12):
+            alone = session(ids[row : row + 1], lengths[row : row + 1])
+            np.testing.assert_array_equal(alone[0, : lengths[row]], together[row, : lengths[row]])
+        for place, row in enumerate(shuffled[:5]):
+            np.testing.assert_array_equal(again[place, : lengths[row]], together[row, : lengths[row]])
+
+
+def emulated(checkpoint: Path, ids: Any) -> Any:
+    """PyTorch's logits with every product of the encoder and the word table by the documented formula."""
+    model = transformers.AutoModelForTokenClassification.from_pretrained(checkpoint).eval()
+
+    def by_formula(layer: Any, inputs: Any, _: Any) -> Any:
+        product = plain_product(inputs[0].numpy(), layer.weight.detach().numpy().T)
+        return torch.from_numpy(product) + layer.bias
+
+    for layer in model.bert.encoder.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(by_formula)
+    table = model.bert.embeddings.word_embeddings.weight
+    with torch.inference_mode():
+        scale = table.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        table.copy_((table / scale).round() * scale)
+        return model(input_ids=torch.from_numpy(ids)).logits.numpy()
+
+
+def test_int8_equals_an_emulation_of_its_formula(
+    checkpoint: Path, exported: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph gives the logits of PyTorch with the documented formula, far closer than fp32 does.
+
+    It does so with session.x64quantprecision=1, too, which processors without VNNI need.
+    """
+    ids = np.random.default_rng(3).integers(4, 50, size=(16, 48))
+    lengths = np.full(16, 48)
+    expected = emulated(checkpoint, ids)
+    fp32 = Session(exported[0] / "onnx/model.onnx", "cpu")(ids, lengths)
+    monkeypatch.setattr(runtime, "has_exact_int8", lambda: False)
+    guarded = Session(exported[0] / "onnx/model_int8.onnx", "cpu")(ids, lengths)
+    monkeypatch.undo()
+    default = Session(exported[0] / "onnx/model_int8.onnx", "cpu")(ids, lengths)
+    np.testing.assert_array_equal(guarded, default)
+    assert np.abs(default - expected).mean() < 0.05 * np.abs(fp32 - expected).mean()
+
+
+def test_weights_that_layers_share(tmp_path: Path) -> None:
+    """A matrix used by two layers is stored once."""
+    table, weight = np.eye(32, dtype=np.float32), np.full((32, 32), 0.5, np.float32)
+    model = small_graph(table, weight, weight)
+    # As Optimum writes the shared layers of ALBERT.
+    model.graph.node.insert(0, helper.make_node("Identity", ["w0"], ["again"]))
+    model.graph.node[3].input[1] = "again"
+    onnx.save(model, tmp_path / "fp32.onnx")
+    optimize.to_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx")
+    matrices = [t for t in onnx.load(tmp_path / "int8.onnx").graph.initializer if list(t.dims) == [32, 32]]
+    assert len(matrices) == 2
+    logits = Session(tmp_path / "int8.onnx", "cpu")(np.arange(8)[None], np.array([8]))
+    np.testing.assert_allclose(logits, np.full((1, 8, 32), 8.0), rtol=1e-6)

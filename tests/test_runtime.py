@@ -1,0 +1,352 @@
+"""The session: the device asked for is the device that runs, and what the processor can do is known."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medner import runtime, testing
+from medner.errors import DeviceError, MissingPackage, ModelError, UsageError
+from medner.runtime import Session, resolve_device
+
+GRAPH = testing.bundle() / "onnx" / "model.onnx"
+
+
+class FakeOrt:
+    """An onnxruntime built with CUDA. It records what it is asked, and answers with ``got`` providers."""
+
+    def __init__(self, got: list[str] | Exception) -> None:
+        self.got = got
+        self.entries: dict[str, str] = {}
+        self.asked: list[Any] = []
+        self.options: Any = None
+        self.preloaded = 0
+        self.n_labels: int | str = 3
+
+    def get_available_providers(self) -> list[str]:
+        """What it was built with."""
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def preload_dlls(self) -> None:
+        """Complain as the real one does."""
+        print("a library is missing")
+        self.preloaded += 1
+
+    def SessionOptions(self) -> Any:  # noqa: N802
+        """Options that note the entries."""
+        self.options = SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
+        return self.options
+
+    def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> Any:  # noqa: N802
+        """A session with one input."""
+        self.asked = [path, providers]
+        assert options is self.options
+        if isinstance(self.got, Exception):
+            raise self.got
+        got = self.got
+        return SimpleNamespace(
+            get_providers=lambda: got,
+            get_inputs=lambda: [SimpleNamespace(name="input_ids")],
+            get_outputs=lambda: [SimpleNamespace(name="logits", shape=["batch", "length", self.n_labels])],
+        )
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str] | Exception], FakeOrt]:
+    """Put a :class:`FakeOrt` in the place of onnxruntime."""
+
+    def put(got: list[str] | Exception) -> FakeOrt:
+        made = FakeOrt(got)
+        monkeypatch.setattr(runtime, "_onnxruntime", lambda: made)
+        return made
+
+    return put
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+def test_devices_of_a_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA auto is the CPU, and CUDA is refused with the way to get it; exit code 5."""
+    monkeypatch.setattr(
+        runtime, "_onnxruntime", lambda: SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
+    )
+    assert (resolve_device("auto"), resolve_device("cpu")) == ("cpu", "cpu")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(DeviceError) as failure:
+            resolve_device(device)
+        assert str(failure.value) == (
+            f"--device {device}: this onnxruntime has no CUDA provider; "
+            'use --device cpu, or: pip uninstall onnxruntime && pip install "medner[gpu]"'
+        )
+        assert failure.value.exit_code == 5
+
+
+def test_devices_of_a_build_with_cuda(fake: Callable[..., FakeOrt]) -> None:
+    """With CUDA auto is its first device."""
+    fake([])
+    devices = {device: resolve_device(device) for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:12")}
+    assert devices == {"auto": "cuda:0", "cpu": "cpu", "cuda": "cuda:0", "cuda:0": "cuda:0", "cuda:12": "cuda:12"}
+
+
+@pytest.mark.parametrize("device", ["gpu", "CPU", "", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "cuda:0\n"])
+def test_a_device_of_another_form(device: str) -> None:
+    """Anything else is a usage error."""
+    with pytest.raises(UsageError) as failure:
+        resolve_device(device)
+    assert str(failure.value) == f"--device {device}: unknown; use auto, cpu, cuda or cuda:N"
+    assert failure.value.exit_code == 2
+
+
+def test_a_missing_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where onnxruntime is not installed, the error names both extras."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for call in (runtime.version, lambda: resolve_device("auto"), lambda: Session(GRAPH, "cpu")):
+        with pytest.raises(MissingPackage) as failure:
+            call()
+        assert str(failure.value) == (
+            'onnxruntime is not installed: pip install "medner[cpu]", or "medner[gpu]" on a machine with CUDA'
+        )
+
+
+def test_a_cuda_session(fake: Callable[..., FakeOrt], capsys: pytest.CaptureFixture[str]) -> None:
+    """CUDA is asked for alone, without fallback, its libraries loaded before; nothing reaches standard output."""
+    ort = fake(["CUDAExecutionProvider", "CPUExecutionProvider"])
+    session = Session(GRAPH, "cuda:2")
+    assert ort.asked == [str(GRAPH), [("CUDAExecutionProvider", {"device_id": 2})]]
+    assert ort.entries == {"session.disable_cpu_ep_fallback": "1"}
+    assert ort.preloaded == 1
+    assert (session.device, session.provider, session.n_labels) == ("cuda:2", "CUDAExecutionProvider", 3)
+    assert capsys.readouterr() == ("", "a library is missing\n")
+
+
+def test_cuda_that_does_not_load(fake: Callable[..., FakeOrt]) -> None:
+    """An error of onnxruntime on CUDA is a device error with the first line of the reason."""
+    fake(RuntimeError("libcudnn.so.9: cannot open\nmore"))
+    with pytest.raises(DeviceError) as failure:
+        Session(GRAPH, "cuda")
+    assert str(failure.value) == (
+        "--device cuda:0: onnxruntime cannot run model.onnx there (libcudnn.so.9: cannot open); "
+        "check the CUDA and cuDNN libraries, or use --device cpu"
+    )
+    fake(RuntimeError())
+    with pytest.raises(DeviceError, match=r"there \(RuntimeError\);"):
+        Session(GRAPH, "cuda")
+
+
+def test_cuda_that_falls_back_silently(fake: Callable[..., FakeOrt]) -> None:
+    """A session that says nothing and runs on the CPU is a device error, with auto as well."""
+    fake(["CPUExecutionProvider"])
+    for device in ("cuda", "auto"):
+        with pytest.raises(DeviceError) as failure:
+            Session(GRAPH, device)
+        assert str(failure.value) == (
+            "--device cuda:0: onnxruntime fell back to CPUExecutionProvider; "
+            "check the CUDA and cuDNN libraries, or use --device cpu"
+        )
+
+
+@pytest.mark.parametrize(("exact", "entries"), [(True, {}), (False, {"session.x64quantprecision": "1"})])
+def test_a_cpu_session(
+    fake: Callable[..., FakeOrt], monkeypatch: pytest.MonkeyPatch, exact: bool, entries: dict[str, str]
+) -> None:
+    """On the CPU each call has one thread; a processor whose 8-bit products saturate gets the precise kernels."""
+    monkeypatch.setattr(runtime, "has_exact_int8", lambda: exact)
+    ort = fake(["CPUExecutionProvider"])
+    session = Session(GRAPH, "cpu")
+    assert ort.asked == [str(GRAPH), ["CPUExecutionProvider"]]
+    assert ort.entries == entries
+    assert (ort.options.intra_op_num_threads, ort.options.inter_op_num_threads) == (1, 1)
+    assert (session.device, session.provider, ort.preloaded) == ("cpu", "CPUExecutionProvider", 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Graphs
+
+
+def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
+    """What onnxruntime cannot load is a model error with its reason."""
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/model\.onnx: onnxruntime cannot load it: .*INVALID_PROTOBUF"):
+        Session(tmp_path / "model.onnx", "cpu")
+
+
+def graph(path: Path, inputs: tuple[str, ...], output: str = "logits", labels: int = 3) -> Path:
+    """A graph that stacks its inputs on the last axis, as floats."""
+    onnx = pytest.importorskip("onnx")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    nodes = []
+    for name in inputs:
+        nodes.append(helper.make_node("Unsqueeze", [name, "axis"], [f"{name}.wide"]))
+        nodes.append(helper.make_node("Cast", [f"{name}.wide"], [f"{name}.float"], to=kinds.FLOAT))
+    nodes.append(helper.make_node("Concat", [f"{name}.float" for name in inputs], [output], axis=-1))
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "stack",
+            [helper.make_tensor_value_info(name, kinds.INT64, ["b", "n"]) for name in inputs],
+            [helper.make_tensor_value_info(output, kinds.FLOAT, ["b", "n", labels])],
+            [onnx.numpy_helper.from_array(np.array([-1], np.int64), "axis")],
+        ),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=8,
+    )
+    onnx.save(model, path)
+    return path
+
+
+def test_inputs_that_a_graph_has(tmp_path: Path) -> None:
+    """A graph gets the mask of its lengths and zero token types where it asks for them, and nothing else."""
+    ids, lengths = np.array([[5, 6, 7], [8, 9, 0]]), np.array([3, 2])
+    mask = np.array([[1, 1, 1], [1, 1, 0]])
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": 0 * ids}
+    for names in (
+        ("input_ids",),
+        ("input_ids", "attention_mask"),
+        ("attention_mask", "token_type_ids", "input_ids"),
+        ("token_type_ids", "input_ids"),
+    ):
+        session = Session(graph(tmp_path / "model.onnx", names, labels=len(names)), "cpu")
+        logits = session(ids, lengths)
+        assert logits.dtype == np.float32
+        assert session.n_labels == len(names)
+        np.testing.assert_array_equal(logits, np.stack([inputs[name] for name in names], axis=-1))
+
+
+def test_a_graph_without_a_stated_number_of_labels(fake: Callable[..., FakeOrt]) -> None:
+    """The number of labels is unknown where the graph's output names its last axis instead of measuring it."""
+    fake(["CPUExecutionProvider"]).n_labels = "labels"
+    assert Session(GRAPH, "cpu").n_labels is None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "said"),
+    [
+        (("pixel_values",), "logits", "inputs pixel_values, outputs logits"),
+        (("input_ids", "position_ids"), "logits", "inputs input_ids, position_ids, outputs logits"),
+        (("attention_mask",), "logits", "inputs attention_mask, outputs logits"),
+        (("input_ids",), "last_hidden_state", "inputs input_ids, outputs last_hidden_state"),
+    ],
+)
+def test_a_graph_that_is_no_token_classifier(tmp_path: Path, inputs: tuple[str, ...], output: str, said: str) -> None:
+    """Other inputs or outputs are a model error that names them; exit code 4."""
+    path = graph(tmp_path / "model.onnx", inputs, output)
+    with pytest.raises(ModelError) as failure:
+        Session(path, "cpu")
+    assert str(failure.value) == (
+        f"{path}: not a token classifier: {said}; expected input_ids, attention_mask and logits"
+    )
+    assert failure.value.exit_code == 4
+
+
+def test_a_batch_that_fails() -> None:
+    """An id beyond the vocabulary is a model error that names the batch's shape, not a traceback."""
+    session = Session(GRAPH, "cpu")
+    with pytest.raises(ModelError, match=r"^onnxruntime failed on a batch of \(2, 8\): .*INVALID_ARGUMENT"):
+        session(np.full((2, 8), 10_000), np.array([8, 8]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processor
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Pretend an architecture and a /proc/cpuinfo; None for a system without one."""
+
+    def pretend(name: str, cpuinfo: str | None) -> None:
+        file = tmp_path / "cpuinfo"
+        file.unlink(missing_ok=True)
+        if cpuinfo is not None:
+            file.write_text(cpuinfo)
+        monkeypatch.setattr(runtime.platform, "machine", lambda: name)
+        monkeypatch.setattr(runtime, "_CPUINFO", file)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("name", "cpuinfo", "features", "exact"),
+    [
+        (
+            "x86_64",
+            "processor\t: 0\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni amx_int8\nbugs\t\t: spectre\n" * 2,
+            "x86_64 avx2 avx512f avx512_vnni amx_int8",
+            True,
+        ),
+        ("AMD64", "flags\t\t: avx2 avx_vnni\n", "amd64 avx2 avx_vnni", True),
+        ("x86_64", "model name\t: avx512_vnni\nflags\t\t: fpu avx2 avx512f\n", "x86_64 avx2 avx512f", False),
+        ("aarch64", "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n", "aarch64 asimddp i8mm", True),
+        ("x86_64", None, "x86_64", False),
+        ("arm64", None, "arm64", True),
+        ("", "", "unknown", True),
+    ],
+)
+def test_instruction_sets(
+    machine: Callable[..., None], name: str, cpuinfo: str | None, features: str, exact: bool
+) -> None:
+    """Features are those that choose kernels; only x86 without VNNI, or of unknown features, may saturate."""
+    machine(name, cpuinfo)
+    assert runtime.instruction_set() == features
+    assert runtime.has_exact_int8() is exact
+
+
+@pytest.fixture
+def cgroups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty tree of control groups; this process is in job/step of it."""
+    monkeypatch.setattr(runtime, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(runtime, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    (tmp_path / "cgroup" / "job" / "step").mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/job/step\n")
+    return tmp_path / "cgroup"
+
+
+@pytest.mark.parametrize(
+    ("limit", "cpus"),
+    [
+        ("max 100000", 6),
+        ("400000 100000", 4),
+        ("250000 100000", 3),
+        ("1000 100000", 1),
+        ("6400000 100000", 6),
+        ("nonsense", 6),
+        (None, 6),
+    ],
+)
+def test_cpus_of_a_cgroup(cgroups: Path, limit: str | None, cpus: int) -> None:
+    """The CPUs are those of the affinity, or fewer by the quota, rounded up; never none."""
+    if limit:
+        (cgroups / "cpu.max").write_text(limit + "\n")
+    assert runtime.available_cpus() == cpus
+
+
+def test_cpus_of_nested_cgroups(cgroups: Path) -> None:
+    """The smallest quota from the process's own group up to the root counts, others' do not."""
+    (cgroups / "job" / "step" / "cpu.max").write_text("max 100000\n")
+    (cgroups / "job" / "cpu.max").write_text("300000 100000\n")
+    (cgroups / "cpu.max").write_text("500000 100000\n")
+    (cgroups / "other").mkdir()
+    (cgroups / "other" / "cpu.max").write_text("100000 100000\n")
+    assert runtime.available_cpus() == 3
+
+
+def test_cpus_without_affinity_or_cgroups(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems that know neither give all CPUs, at least one."""
+    runtime._OWN_CGROUP.unlink()
+    monkeypatch.delattr(runtime.os, "sched_getaffinity")
+    monkeypatch.setattr(runtime.os, "cpu_count", lambda: 5)
+    assert runtime.available_cpus() == 5
+    monkeypatch.setattr(runtime.os, "cpu_count", lambda: None)
+    assert runtime.available_cpus() == 1
+
+
+def test_version() -> None:
+    """The version is that of the onnxruntime that runs."""
+    assert runtime.version() == pytest.importorskip("onnxruntime").__version__

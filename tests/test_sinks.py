@@ -1,0 +1,474 @@
+"""Annotated batches to tables, JSON lines and files: values against plain Python, files complete or absent."""
+
+import datetime
+import decimal
+import errno
+import gc
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+
+from medner import schema, sinks, testing
+from medner.errors import OutputError, UsageError
+from medner.sinks import DirectorySink, FileSink, StreamSink, TableOptions
+
+RUN = {"what": "is run"}
+MANIFEST = {"counts": {"rows": 3}}
+
+
+def annotated(rows: list[tuple[str | None, list[tuple[int, int]]]], keep: list[int] | None = None) -> pa.RecordBatch:
+    """A batch as the annotator gives it: rows of text and (start, end), a rejected one has no text."""
+    spans = [
+        None if text is None else [{"start": a, "end": b, "label": "D", "score": 1 / (a + b + 1)} for a, b in found]
+        for text, found in rows
+    ]
+    columns: dict[str, Any] = {
+        "source": ["s.jsonl"] * len(rows),
+        "row": list(range(len(rows))),
+        "note_id": [f"id-{row}" for row in range(len(rows))],
+        "text": [text for text, _ in rows],
+        "reason": ["malformed JSON" if text is None else None for text, _ in rows],
+        "kept": keep or [0] * len(rows),
+        "spans": spans,
+        "n_chars": [len(text or "") for text, _ in rows],
+        "n_tokens": [len((text or "").split()) for text, _ in rows],
+        "n_unknown": [0] * len(rows),
+        "n_windows": [1] * len(rows),
+        "n_spans": [len(found or []) for found in spans],
+        "text_sha256": [None if text is None else "aa" for text, _ in rows],
+    }
+    wanted = schema.annotated_schema(schema.source_schema([pa.field("kept", pa.int16())]))
+    return pa.RecordBatch.from_arrays([pa.array(columns[field.name], field.type) for field in wanted], schema=wanted)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> pa.RecordBatch:
+    """Annotated batches, often cut from the middle of a larger one."""
+    rows: list[tuple[str | None, list[tuple[int, int]]]] = []
+    for _ in range(draw(st.integers(0, 6))):
+        text = draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
+        edges = sorted(draw(st.sets(st.integers(0, len(text or "")), max_size=6)))
+        rows.append((text, list(zip(edges[::2], edges[1::2], strict=False)) if text else []))
+    batch = annotated(rows, keep=list(range(len(rows))))
+    start = draw(st.integers(0, len(rows)))
+    return batch.slice(start, draw(st.integers(0, len(rows) - start)))
+
+
+def plain_spans(batch: pa.RecordBatch, text: bool) -> list[dict[str, Any]]:
+    """What ``explode`` shall give, one Python object after another."""
+    rows = []
+    for note in batch.to_pylist():
+        for span in note["spans"] or []:
+            row = {name: note[name] for name in ("source", "row", "note_id")}
+            row |= {"start": span["start"], "end": span["end"]}
+            if text:
+                row["text"] = note["text"][span["start"] : span["end"]]
+            rows.append(row | {"label": span["label"], "score": span["score"], "kept": note["kept"]})
+    return rows
+
+
+KEPT = (pa.field("kept", pa.int16()),)
+
+
+@settings(deadline=None, max_examples=150)
+@given(batches(), st.booleans())
+def test_explode_is_a_loop_over_notes_and_their_spans(batch: pa.RecordBatch, text: bool) -> None:
+    """A row per span in input order, with code-point text, and exactly the declared schema; slices honoured."""
+    table = sinks.explode(batch, TableOptions(text=text, keep=KEPT))
+    assert table.schema.equals(schema.spans_schema(text=text, keep=KEPT), check_metadata=True)
+    assert table.to_pylist() == plain_spans(batch, text)
+    table.validate(full=True)
+
+
+@settings(deadline=None, max_examples=150)
+@given(batches(), st.booleans())
+def test_nest_keeps_every_note(batch: pa.RecordBatch, text: bool) -> None:
+    """A row per note: an empty list where nothing was found, null where the note was rejected."""
+    table = sinks.nest(batch, TableOptions(text=text, nested=True, keep=KEPT))
+    assert table.schema.equals(schema.nested_schema(text=text, keep=KEPT), check_metadata=True)
+    names = ("start", "end", *(("text",) if text else ()), "label", "score")
+    per_note: dict[int, list[Any]] = {note["row"]: [] for note in batch.to_pylist()}
+    for span in plain_spans(batch, text):
+        per_note[span["row"]].append({name: span[name] for name in names})
+    assert table.to_pylist() == [
+        {
+            "source": note["source"],
+            "row": note["row"],
+            "note_id": note["note_id"],
+            "spans": None if note["text"] is None else per_note[note["row"]],
+            "kept": note["kept"],
+        }
+        for note in batch.to_pylist()
+    ]
+    table.validate(full=True)
+
+
+@settings(deadline=None, max_examples=80)
+@given(batches())
+def test_notes_table_says_what_became_of_each_row(batch: pa.RecordBatch) -> None:
+    """A row per input row with its counts; ``rejected`` exactly where there is a reason."""
+    table = sinks.notes_table(batch, TableOptions(keep=KEPT))
+    assert table.schema.equals(schema.notes_schema(KEPT), check_metadata=True)
+    names = [name for name in schema.notes_schema(KEPT).names if name != "status"]
+    assert table.to_pylist() == [
+        {name: note[name] for name in names} | {"status": "rejected" if note["reason"] else "annotated"}
+        for note in batch.to_pylist()
+    ]
+
+
+@settings(deadline=None, max_examples=80)
+@given(batches(), st.booleans())
+def test_json_lines_hold_the_table(batch: pa.RecordBatch, nested: bool) -> None:
+    """A line per row with the table's columns in order; scores read back as the same float32 numbers."""
+    options = TableOptions(nested=nested, keep=KEPT)
+    table = sinks.spans_table(batch, options)
+    rows = [orjson.loads(line) for line in sinks.json_lines(table)]
+    assert [list(row) for row in rows] == [options.spans_schema().names] * table.num_rows
+    for row in rows:
+        for span in (row["spans"] or []) if nested else [row]:
+            assert len(repr(span["score"])) <= 12  # as short as float32 allows, not 17 digits
+            span["score"] = float(np.float32(span["score"]))
+    assert rows == table.to_pylist()
+
+
+def test_json_lines_of_kept_columns() -> None:
+    """Kept Parquet types are written as JSON has them, and as Arrow prints them where it has none."""
+    fields = {
+        "when": pa.array([datetime.datetime(2024, 2, 29, 12), None], pa.timestamp("ns")),
+        "day": pa.array([datetime.date(2024, 2, 29), None]),
+        "price": pa.array([decimal.Decimal("1.10"), None]),
+        "share": pa.array([0.25, float("nan")]),
+        "sure": pa.array([True, None]),
+        "tags": pa.array([["a", None], []]),
+    }
+    assert [orjson.loads(line) for line in sinks.json_lines(pa.table(fields))] == [
+        {"when": "2024-02-29 12:00:00.000000000", "day": "2024-02-29", "price": "1.10", "share": 0.25, "sure": True,
+         "tags": ["a", None]},
+        {"when": None, "day": None, "price": None, "share": None, "sure": None, "tags": []},
+    ]  # fmt: skip
+
+
+def test_a_column_kept_twice_is_refused() -> None:
+    """A table has no two columns of one name."""
+    with pytest.raises(UsageError, match=r"^a column was kept twice; name each --keep once$"):
+        TableOptions(keep=KEPT + KEPT).notes_schema()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """A umask that differs from the usual one."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def names(path: Path) -> list[str]:
+    """Everything below a directory, hidden files too."""
+    return sorted(str(entry.relative_to(path)) for entry in path.rglob("*"))
+
+
+def test_atomic_is_private_until_it_is_complete(tmp_path: Path, umask: None) -> None:
+    """Nobody else may read the temporary file; the final one has the permissions of any new file."""
+    target = tmp_path / "a.json"
+    with sinks.atomic(target) as file:
+        file.write(b"half")
+        (temporary,) = tmp_path.iterdir()
+        assert temporary.stat().st_mode & 0o777 == 0o600
+        assert not target.exists()
+    assert names(tmp_path) == ["a.json"]
+    assert target.read_bytes() == b"half"
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_atomic_leaves_nothing_on_an_error(tmp_path: Path, error: type[BaseException]) -> None:
+    """Neither the file nor a temporary one stays, and an older file stays as it was."""
+    target = tmp_path / "a.json"
+    target.write_bytes(b"old")
+
+    def write() -> None:
+        with sinks.atomic(target) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert names(tmp_path) == ["a.json"]
+    assert target.read_bytes() == b"old"
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
+    """Let flushing to the disk fail as on a full one, after some calls that succeed."""
+    calls = iter(range(after))
+
+    def fsync(descriptor: int) -> None:
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk_is_an_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the file and the reason; no temporary file stays."""
+    fill_disk(monkeypatch)
+    target = tmp_path / "a.json"
+    with pytest.raises(OutputError) as caught:
+        sinks.write_json(target, {})
+    assert str(caught.value) == f"{target}: cannot be written: No space left on device"
+    assert names(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    """A file where a directory is needed is an output error, in the output's path or above it."""
+    (tmp_path / "file").write_text("")
+    for path, said in (
+        (tmp_path / "file", "exists and is no directory; choose another -o"),
+        (tmp_path / "file" / "run", "cannot be written: Not a directory"),
+    ):
+        with pytest.raises(OutputError) as caught:
+            DirectorySink(path, "parquet", TableOptions())
+        assert str(caught.value) == f"{path}: {said}"
+
+
+def two_rows() -> pa.RecordBatch:
+    """An annotated note and a rejected one."""
+    return annotated([("no fever", [(3, 8)]), (None, [])])
+
+
+def test_directory_sink_writes_in_order(tmp_path: Path) -> None:
+    """First run.json, then each part's spans and notes, and manifest.json at the end."""
+    path = tmp_path / "new" / "run"
+    sink = DirectorySink(path, "parquet", TableOptions())
+    assert names(path) == []
+    sink.start(RUN)
+    assert names(path) == ["notes", "run.json", "spans"]
+    sink.commit(0, [two_rows()])
+    sink.commit(1, [])
+    assert names(path / "spans") == names(path / "notes") == ["part-000000.parquet", "part-000001.parquet"]
+    sink.finish(MANIFEST)
+    sink.abort()
+    assert names(path) == [
+        "manifest.json", "notes", "notes/part-000000.parquet", "notes/part-000001.parquet", "run.json", "spans",
+        "spans/part-000000.parquet", "spans/part-000001.parquet",
+    ]  # fmt: skip
+    assert orjson.loads((path / "run.json").read_bytes()) == RUN
+    assert orjson.loads((path / "manifest.json").read_bytes()) == MANIFEST
+    assert pq.read_table(path / "spans/part-000000.parquet").to_pylist()[0]["text"] == "fever"
+    assert pq.read_table(path / "notes/part-000001.parquet").schema.equals(schema.notes_schema(), check_metadata=True)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_spans_are_committed_before_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """A part whose notes file cannot be written has its spans file, but not the mark that it is complete."""
+    sink = DirectorySink(tmp_path, form, TableOptions())
+    sink.start(RUN)
+    fill_disk(monkeypatch, after=2)  # the spans file and its directory
+    with pytest.raises(OutputError) as caught:
+        sink.commit(0, [two_rows()])
+    assert str(caught.value) == f"{tmp_path}/notes/part-000000.{form}: cannot be written: No space left on device"
+    sink.abort()
+    gc.collect()  # what pyarrow still held complains here, if at all
+    assert names(tmp_path) == ["notes", "run.json", "spans", f"spans/part-000000.{form}"]
+
+
+def test_directory_sink_refuses_and_overwrites(tmp_path: Path) -> None:
+    """Unfinished and finished runs are told apart and replaced only on demand, foreign directories never."""
+    path = tmp_path / "run"
+    sink = DirectorySink(path, "parquet", TableOptions())
+    sink.start(RUN)
+    sink.commit(0, [two_rows()])
+    with pytest.raises(OutputError) as caught:
+        DirectorySink(path, "parquet", TableOptions())
+    assert str(caught.value) == f"{path}: holds an unfinished run; choose another -o, or pass --overwrite"
+    sink.finish(MANIFEST)
+    with pytest.raises(OutputError) as caught:
+        DirectorySink(path, "jsonl", TableOptions())
+    assert str(caught.value) == f"{path}: holds a finished run; choose another -o, or pass --overwrite"
+
+    (path / "mine.txt").write_text("kept")
+    (path / "spans" / ".part-000001.parquet.0badcafe.tmp").write_text("left by a run that was killed")
+    new = DirectorySink(path, "jsonl", TableOptions(), overwrite=True)
+    assert names(path) == ["mine.txt", "notes", "run.json", "spans"]
+    new.start({"another": "run"})
+    assert orjson.loads((path / "run.json").read_bytes()) == {"another": "run"}
+
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError) as caught:
+            DirectorySink(tmp_path / "foreign", "parquet", TableOptions(), overwrite=overwrite)
+        assert str(caught.value) == f"{tmp_path}/foreign: not empty, and no run of medner; choose another -o"
+    assert names(tmp_path / "foreign") == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("suffix", sinks.FILE_SUFFIXES)
+def test_file_sink_shows_nothing_before_the_end(tmp_path: Path, suffix: str, umask: None) -> None:
+    """Three files appear together; until then there are two private temporary ones."""
+    path = tmp_path / f"out{suffix}"
+    sink = FileSink(path, TableOptions())
+    sink.start(RUN)
+    sink.commit(0, [two_rows()])
+    sink.commit(1, [two_rows(), two_rows()])
+    assert [entry.stat().st_mode & 0o777 for entry in tmp_path.iterdir()] == [0o600] * 2
+    assert all(name.startswith(".out") and name.endswith(".tmp") for name in names(tmp_path))
+    sink.finish(MANIFEST)
+    sink.abort()
+    assert names(tmp_path) == sorted([f"out{suffix}", f"out.notes{suffix}", "out.manifest.json"])
+    assert [entry.stat().st_mode & 0o777 for entry in tmp_path.iterdir()] == [0o640] * 3
+    assert [row["text"] for row in read(path)] == ["fever"] * 3
+    assert [row["status"] for row in read(tmp_path / f"out.notes{suffix}")] == ["annotated", "rejected"] * 3
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of an output file of any format."""
+    if path.suffix == ".parquet":
+        return list(pq.read_table(path).to_pylist())
+    with pa.input_stream(str(path)) as stream:
+        return [orjson.loads(line) for line in stream.read().splitlines()]
+
+
+@pytest.mark.parametrize("suffix", sinks.FILE_SUFFIXES)
+@pytest.mark.parametrize("flushed", [0, 1])
+def test_file_sink_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, flushed: int) -> None:
+    """Neither of the two files takes its name before both are safe on the disk; an older output stays whole."""
+    path = tmp_path / f"out{suffix}"
+    for name in (f"out{suffix}", f"out.notes{suffix}", "out.manifest.json"):
+        (tmp_path / name).write_text("old")
+    sink = FileSink(path, TableOptions(), overwrite=True)
+    sink.commit(0, [two_rows()])
+    fill_disk(monkeypatch, after=flushed)
+    with pytest.raises(OutputError) as caught:
+        sink.finish(MANIFEST)
+    assert str(caught.value) == f"{path}: cannot be written: No space left on device"
+    sink.abort()
+    gc.collect()
+    assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {
+        f"out{suffix}": "old", f"out.notes{suffix}": "old", "out.manifest.json": "old"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", sinks.FILE_SUFFIXES)
+def test_file_sink_given_up(tmp_path: Path, suffix: str) -> None:
+    """Nothing stays of a run that failed, and pyarrow does not complain afterwards."""
+    sink = FileSink(tmp_path / f"out{suffix}", TableOptions())
+    sink.commit(0, [two_rows()])
+    sink.abort()
+    del sink
+    gc.collect()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("taken", ["out.parquet", "out.notes.parquet", "out.manifest.json"])
+def test_file_sink_refuses_what_exists(tmp_path: Path, taken: str) -> None:
+    """Each of the three files is protected."""
+    (tmp_path / taken).write_text("precious")
+    with pytest.raises(OutputError) as caught:
+        FileSink(tmp_path / "out.parquet", TableOptions())
+    assert str(caught.value) == f"{tmp_path / taken}: exists already; choose another -o, or pass --overwrite"
+    assert names(tmp_path) == [taken]
+
+
+def test_file_sink_needs_its_directory_and_suffix(tmp_path: Path) -> None:
+    """A missing directory and an unknown suffix are said at once."""
+    with pytest.raises(OutputError) as caught:
+        FileSink(tmp_path / "none" / "out.parquet", TableOptions())
+    assert str(caught.value) == f"{tmp_path}/none: no such directory; create it first"
+    with pytest.raises(OutputError) as caught:
+        FileSink(tmp_path / "out.csv", TableOptions())
+    assert str(caught.value) == (
+        f"{tmp_path}/out.csv: a single output file ends in .parquet, .jsonl, .jsonl.gz, .jsonl.zst"
+    )
+
+
+def test_file_sink_that_fails_to_open_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second file cannot be opened: the first temporary one goes, too."""
+    open_file, opened = os.open, []
+
+    def failing(path: Any, *rest: Any, **more: Any) -> int:
+        if str(path).endswith(".tmp"):
+            opened.append(path)
+            if len(opened) == 2:
+                raise OSError(errno.EMFILE, "Too many open files")
+        return open_file(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(OutputError) as caught:
+        FileSink(tmp_path / "out.jsonl", TableOptions())
+    assert str(caught.value) == f"{tmp_path}/out.jsonl: cannot be written: Too many open files"
+    assert names(tmp_path) == []
+
+
+def test_stream_sink_writes_a_record_per_row() -> None:
+    """Rejected rows too; ``--nested`` changes nothing, ``--no-text`` and kept columns do."""
+    stream = io.BytesIO()
+    sink = StreamSink(stream, TableOptions(text=False, keep=KEPT))
+    sink.start(RUN)
+    sink.commit(0, [two_rows()])
+    sink.finish(MANIFEST)
+    sink.abort()
+    score = float(str(np.float32(1 / 12)))
+    assert [orjson.loads(line) for line in stream.getvalue().splitlines()] == [
+        {"source": "s.jsonl", "row": 0, "note_id": "id-0", "status": "annotated", "reason": None,
+         "spans": [{"start": 3, "end": 8, "label": "D", "score": score}], "kept": 0},
+        {"source": "s.jsonl", "row": 1, "note_id": "id-1", "status": "rejected", "reason": "malformed JSON",
+         "spans": None, "kept": 0},
+    ]  # fmt: skip
+
+
+def test_stream_sink_translates_all_but_a_closed_pipe() -> None:
+    """A full device is an output error; a closed pipe stays one, since it is no failure."""
+
+    class Full(io.BytesIO):
+        error: OSError = OSError(errno.ENOSPC, "No space left on device")
+
+        def write(self, *_: Any) -> int:
+            raise self.error
+
+    stream = Full()
+    with pytest.raises(OutputError) as caught:
+        StreamSink(stream, TableOptions()).commit(0, [two_rows()])
+    assert str(caught.value) == "standard output: cannot be written: No space left on device"
+    stream.error = BrokenPipeError()
+    with pytest.raises(BrokenPipeError):
+        StreamSink(stream, TableOptions()).commit(0, [two_rows()])
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "beside"),
+    [
+        ("run", None, ["run"]),
+        ("out.parquet", "parquet", ["out.parquet", "out.notes.parquet", "out.manifest.json"]),
+        ("a.b.JSONL.gz", "jsonl", ["a.b.JSONL.gz", "a.b.notes.JSONL.gz", "a.b.manifest.json"]),
+        ("old.jsonl", None, ["old.jsonl"]),
+    ],
+)
+def test_what_an_output_path_stands_for(tmp_path: Path, name: str, form: str | None, beside: list[str]) -> None:
+    """A known suffix means a file with two beside it, unless there is a directory of that name."""
+    (tmp_path / "old.jsonl").mkdir()
+    assert sinks.file_format(tmp_path / name) == form
+    assert [path.name for path in sinks.paths(tmp_path / name)] == beside
+
+
+def test_a_real_batch_goes_through() -> None:
+    """The annotator's own batches have the columns that the tables take."""
+    columns = [["s"], [0], ["a"], ["Type 2 diabetes, fever."], pa.nulls(1, pa.string())]
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, schema.source_schema(), strict=True)]
+    batch = testing.annotator()(pa.RecordBatch.from_arrays(arrays, schema=schema.source_schema()))
+    assert [(row["text"], row["start"], row["end"]) for row in sinks.explode(batch).to_pylist()] == [
+        ("Type 2 diabetes", 0, 15),
+        ("fever", 17, 22),
+    ]
