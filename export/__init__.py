@@ -25,8 +25,9 @@ class ExportOptions:
     """What is exported where.
 
     precisions: the variants to write. parity_data: labelled documents or plain notes. window: tokens, or None to choose
-    the window on the labelled documents. split: of a data set that has splits. name: the bundle's; None takes the
-    directory's. licence: of the weights, for the record.
+    the window on the labelled documents. packed: where the window is given, whether it takes as many segments as fit.
+    split: of a data set that has splits. name: the bundle's; None takes the directory's. licence: of the weights, for
+    the record.
     """
 
     checkpoint: Path
@@ -34,6 +35,7 @@ class ExportOptions:
     parity_data: str
     precisions: tuple[str, ...] = PRECISIONS
     window: int | None = None
+    packed: bool = True
     split: str = "devel"
     name: str | None = None
     licence: str | None = None
@@ -60,17 +62,18 @@ def export(options: ExportOptions) -> str:
         target = scratch / "bundle"
         graphs = {precision: target / bundles.VARIANT_FILES[precision] for precision in ("fp32", *options.precisions)}
         convert.to_onnx(options.checkpoint, graphs["fp32"])
-        tried: dict[int, float] = {}
+        tried: dict[str, float] = {}
         if options.window is None:
-            window, tried = verify.choose_window(checkpoint, runtime.Session(graphs["fp32"], "cpu"), data)
-            checkpoint = bundles.resized(checkpoint, window)
+            checkpoint, tried = verify.choose_window(checkpoint, runtime.Session(graphs["fp32"], "cpu"), data)
+        else:
+            checkpoint = bundles.resized(checkpoint, options.window, packed=options.packed)
         gate = verify.Gate(checkpoint, reference, data)
         gate.report.windows_tried = tried
         if not gate.check("fp32", graphs["fp32"]).passed:
             raise verify.failure("fp32", gate.report)
         failed: CheckFailed | None = None
         if "int8" in graphs:
-            optimize.to_int8(graphs["fp32"], graphs["int8"])
+            optimize.to_int8(graphs["fp32"], graphs["int8"], verify.samples(checkpoint, data))
             if not gate.check("int8", graphs["int8"]).passed:
                 failed = verify.failure("int8", gate.report)
                 graphs["int8"].unlink()
@@ -123,7 +126,14 @@ def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, 
         "versions": {**{package: version(package) for package in _PACKAGES}, "onnxruntime": runtime.version()},
     }
     (target / "README.md").write_text(_model_card(name, checkpoint, card), encoding="utf-8")
-    bundles.write_manifest(target, name=name, labels=checkpoint.labels, window=checkpoint.window, card=card)
+    bundles.write_manifest(
+        target,
+        name=name,
+        labels=checkpoint.labels,
+        window=checkpoint.window,
+        packed=checkpoint.packed,
+        card=card,
+    )
 
 
 _PACKAGES = ("medner", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
@@ -139,7 +149,7 @@ def _model_card(name: str, checkpoint: bundles.Bundle, card: Mapping[str, Any]) 
         "",
         f"- Licence: {card['licence'] or 'not stated'}",
         f"- Labels: {', '.join(checkpoint.labels)}",
-        f"- Window: {checkpoint.window} tokens",
+        f"- Window: {checkpoint.window} tokens, {'as many segments as fit' if checkpoint.packed else 'one segment'}",
         "",
         f"## Parity with PyTorch, on {parity['data']} ({parity['documents']} documents)",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,8 +25,13 @@ TIE = 1e-3
 MAX_F1_LOSS = 0.002
 MIN_AGREEMENT = 0.98
 
+#: Tokens of sample text from which int8 takes the sizes of activations.
+SAMPLE_TOKENS = 16_384
+
 #: Windows that ``--window auto`` tries, in tokens.
 WINDOWS = (64, 96, 128, 192, 256, 384, 512)
+#: How a report names windows that hold one segment each.
+ONE_SEGMENT = "one segment"
 #: Of the windows that score within this F1 of the best, the longest is taken: it cuts the fewest sentences.
 WINDOW_TOLERANCE = 0.002
 
@@ -71,7 +77,8 @@ class Report:
     data: str
     documents: int
     window: int
-    windows_tried: dict[int, float] = field(default_factory=dict)
+    packed: bool
+    windows_tried: dict[str, float] = field(default_factory=dict)
     logits: LogitParity = field(default_factory=LogitParity)
     variants: dict[str, VariantParity] = field(default_factory=dict)
 
@@ -102,11 +109,12 @@ def _is_plain(path: Path) -> bool:
         return '"spans"' not in next((line for line in lines if line.strip()), "")
 
 
-def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tuple[int, dict[int, float]]:
-    """The window with which a model scores best on labelled documents, and the F1 of each window tried.
+def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tuple[bundles.Bundle, dict[str, float]]:
+    """The bundle with the window that scores best on labelled documents, and the F1 of each window tried.
 
-    Windows are tried up to the first that holds every document whole: longer ones cannot be told apart. Raises
-    :class:`InputError` where the data is not labelled or holds single sentences, which tell no windows apart.
+    Tried are windows of one segment each, then windows packed with as many segments as fit, up to the first that holds
+    every document whole: longer ones cannot be told apart. Raises :class:`InputError` where the data is not labelled or
+    holds single sentences, which tell no windows apart.
     """
     if not data.labelled:
         raise InputError(f"--window auto needs labelled documents; {data.name} holds none: pass --window N")
@@ -115,20 +123,34 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
             f"--window auto needs whole documents; {data.name} holds single sentences, which fit any window: "
             "pass --window N"
         )
-    tried: dict[int, float] = {}
+    sizes = {ONE_SEGMENT: bundles.resized(bundle, bundle.window, packed=False)}
+    tried: dict[str, float] = {}
     for window in WINDOWS:
-        try:
-            sized = bundles.resized(bundle, window)
-        except ModelError:
-            break
-        annotator = Annotator(sized, model, Options(window=window), precision="fp32")
-        tried[window] = evaluate.evaluate(annotator, data.documents).overall.f1
+        with contextlib.suppress(ModelError):
+            sizes[str(window)] = bundles.resized(bundle, window, packed=True)
+    for name, sized in sizes.items():
+        annotator = Annotator(sized, model, Options(), precision="fp32")
+        tried[name] = evaluate.evaluate(annotator, data.documents).overall.f1
         if annotator.counts.inferred + annotator.counts.reused <= len(data.documents):
             break
-    if not tried:
-        raise ModelError(f"{bundle.name}: its limit is below the {WINDOWS[0]} tokens of --window auto: pass --window N")
     best = max(tried.values())
-    return max(window for window, f1 in tried.items() if f1 >= best - WINDOW_TOLERANCE), tried
+    return sizes[[name for name, f1 in tried.items() if f1 >= best - WINDOW_TOLERANCE][-1]], tried
+
+
+def samples(bundle: bundles.Bundle, data: ParityData, tokens: int = SAMPLE_TOKENS) -> list[Ints]:
+    """Windows of the parity data, special tokens included, int64 [length] each, until there are enough tokens."""
+    seen: list[Ints] = []
+
+    def collect(ids: Ints, lengths: Ints) -> npt.NDArray[np.float32]:
+        seen.extend(row[:length] for row, length in zip(ids, lengths, strict=True))
+        return np.zeros((*ids.shape, len(bundle.labels)), dtype=np.float32)
+
+    annotator = Annotator(bundle, collect, Options(threads=1), precision="fp32")
+    for document in data.documents:
+        annotator(document.text)
+        if sum(map(len, seen)) >= tokens:
+            break
+    return seen
 
 
 class Gate:
@@ -140,7 +162,7 @@ class Gate:
         self._torch = reference
         self._data = data
         self._gold = evaluate.fit_labels(self._annotator(self._torch, "fp32"), data.documents)
-        self.report = Report(data.name, len(data.documents), bundle.window)
+        self.report = Report(data.name, len(data.documents), bundle.window, bundle.packed)
         self._reference: evaluate.Found | None = None
 
     def check(self, precision: str, graph: Path) -> VariantParity:
@@ -222,7 +244,8 @@ def summary(report: Report) -> str:
     """The report for a person, a line for each variant."""
     logits = report.logits
     lines = [
-        f"parity on {report.data}: {report.documents} documents, window {report.window}; logits differ by at most "
+        f"parity on {report.data}: {report.documents} documents, windows of up to {report.window} tokens, "
+        f"{'packed' if report.packed else 'one segment each'}; logits differ by at most "
         f"{logits.max_difference:.1e}, {logits.ties} ties, {logits.differences} differences in {logits.tokens} tokens"
     ]
     for precision, result in report.variants.items():

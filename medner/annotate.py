@@ -89,7 +89,10 @@ class Annotator:
         self.counts = Counts()
         self._model = model
         self._tags = decode.tag_set(bundle.labels)
-        self._tokenizer = windows.WordTokenizer(bundle.tokenizer_json())
+        try:
+            self._tokenizer = windows.WordTokenizer(bundle.tokenizer_json())
+        except Exception as exc:  # tokenizers raises nothing more special
+            raise ModelError(f"{bundle.path / 'tokenizer.json'}: cannot be read ({exc})") from exc
         self.types = self._tags.types
         self._capacity = bundle.window - len(self._tokenizer.prefix) - len(self._tokenizer.suffix)
         device = "cuda" if session is not None and session.device.startswith("cuda") else "cpu"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from medner.errors import ModelError
+from medner.errors import DeviceError, ModelError
 
 FORMAT_VERSION = 1
 MANIFEST = "medner.json"
@@ -77,7 +77,8 @@ class Bundle:
             if name in self.variants:
                 _check_hash(self.path, self.variants[name].file, self.variants[name].sha256)
                 return name, self.path / self.variants[name].file
-        raise ModelError(
+        kind = DeviceError if device == "cuda" else ModelError
+        raise kind(
             f"{self.name}: no {precision} variant (it has {', '.join(self.variants)}); make one with: "
             f"medner export CHECKPOINT -o BUNDLE --precision {precision} --parity-data FILE"
         )
@@ -107,9 +108,10 @@ def load(model: str | Path, window: int | None = None) -> Bundle:
     return resized(bundle, bundle.window if window is None else window)
 
 
-def resized(bundle: Bundle, window: int) -> Bundle:
+def resized(bundle: Bundle, window: int, *, packed: bool | None = None) -> Bundle:
     """The bundle with another window; raises :class:`ModelError` beyond the model's limit."""
-    return replace(bundle, window=_check_window(window, _position_limit(bundle.path), bundle.name))
+    checked = _check_window(window, _position_limit(bundle.path), bundle.name)
+    return replace(bundle, window=checked, packed=bundle.packed if packed is None else packed)
 
 
 def _check_window(window: int, limit: int, name: str) -> int:
@@ -176,7 +178,7 @@ def _own(path: Path, name: str) -> Bundle:
         )
     try:
         labels = tuple(str(label) for label in card["labels"])
-        window, packed = int(card["window"]), bool(card["packed"])
+        window, packed = int(card["window"]), {True: True, False: False}[card["packed"]]
         variants = {
             precision: Variant(VARIANT_FILES[precision], str(entry["sha256"]), int(entry["bytes"]))
             for precision, entry in card["variants"].items()
@@ -252,10 +254,13 @@ def _labels_of(path: Path) -> tuple[str, ...]:
 def _position_limit(path: Path) -> int:
     """Tokens, special ones included, that the model's position embeddings can tell apart."""
     config = _read_json(path, "config.json")
-    limit = int(config.get("max_position_embeddings") or 512)
-    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "longformer"):
-        # These number positions from pad_token_id + 1.
-        limit -= int(config.get("pad_token_id", 1)) + 1
+    try:
+        limit = int(config.get("max_position_embeddings") or 512)
+        if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "longformer"):
+            # These number positions from pad_token_id + 1.
+            limit -= int(config.get("pad_token_id", 1)) + 1
+    except (TypeError, ValueError) as exc:
+        raise ModelError(f"{path / 'config.json'}: positions that are no numbers ({exc})") from exc
     if (path / "tokenizer_config.json").is_file():
         stated = _read_json(path, "tokenizer_config.json").get("model_max_length")
         if isinstance(stated, int | float) and stated < limit:

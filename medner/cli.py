@@ -130,6 +130,12 @@ def annotate(**given: Any) -> None:
     help="Of the arithmetic; auto takes bf16 or fp16 where the device has it.",
 )
 @click.option("--label", "labels", multiple=True, metavar="OLD=NEW", help="Rename a label of the data; * is any other.")
+@click.option(
+    "--silver",
+    multiple=True,
+    metavar="PATH",
+    help="Data to learn from, but not to score, such as another model's spans.",
+)
 @click.option("--max-documents", type=click.IntRange(min=1), help="Use only so many of each split.")
 @click.option("--resume", is_flag=True, help="Go on from the last epoch saved in the output directory.")
 @click.option(
@@ -174,16 +180,18 @@ def _renaming(given: str) -> tuple[str, str]:
 )
 @click.option("--split", default="devel", show_default=True, help="Of parity data that has splits.")
 @click.option("--window", default="auto", show_default=True, metavar="auto|N", help="auto: best on labelled documents.")
+@click.option("--one-segment", is_flag=True, help="With --window N: a segment a window, not as many as fit.")
 @click.option("--name", help="Name of the bundle.  [default: the directory's]")
 @click.option("--licence", help="Licence of the weights, for the record.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle.")
-def export(window: str, **given: Any) -> None:
+def export(window: str, one_segment: bool, **given: Any) -> None:
     """Export a checkpoint to ONNX and prove that every variant finds what PyTorch finds."""
     from medner import export as exporting
 
     if window != "auto" and not window.isdecimal():
         raise click.UsageError(f"--window {window}: use auto or a number of tokens")
-    options = exporting.ExportOptions(**given, window=None if window == "auto" else int(window))
+    size = None if window == "auto" else int(window)
+    options = exporting.ExportOptions(**given, window=size, packed=not one_segment)
     _print(exporting.export(options))
 
 
@@ -267,7 +275,8 @@ def _exit_code(arguments: list[str] | None) -> int:
     except click.exceptions.Exit as exc:  # after --help and --version
         return exc.exit_code
     except click.ClickException as exc:
-        exc.show()
+        with contextlib.suppress(OSError):
+            exc.show()
         return exc.exit_code
     except MednerError as exc:
         _say(str(exc))

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,20 @@ class Session:
 
 def _reason(exc: Exception) -> str:
     return next(iter(str(exc).splitlines()), type(exc).__name__)[:200]
+
+
+def activations(
+    graph: bytes, names: Sequence[str], samples: Sequence[npt.NDArray[np.int64]]
+) -> Iterator[list[npt.NDArray[np.float32]]]:
+    """Inner values of a graph that has them as outputs, for one window at a time, on the CPU.
+
+    samples: int64 [length] each. Yields for each sample the values of ``names``, float32 [1, length, channels].
+    """
+    session = _onnxruntime().InferenceSession(graph, providers=["CPUExecutionProvider"])
+    wanted = {node.name for node in session.get_inputs()}
+    for ids in samples:
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        yield session.run(list(names), {name: value[None] for name, value in feeds.items() if name in wanted})
 
 
 def resolve_device(device: str) -> str:

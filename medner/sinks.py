@@ -227,10 +227,12 @@ class _TableFile:
 
     def __init__(self, file: IO[bytes], wanted: pa.Schema, form: str, compression: str | None) -> None:
         self._parquet = pq.ParquetWriter(file, wanted, compression="zstd") if form == "parquet" else None
-        # The compressor closes what it writes to, and the caller still has to flush its file to the disk.
         self._lines: Any = file
+        self._twin: IO[bytes] | None = None
         if compression:
-            self._lines = pa.CompressedOutputStream(os.fdopen(os.dup(file.fileno()), "wb"), compression)
+            # The compressor closes what it writes to, and the caller still has to flush its file to the disk.
+            self._twin = os.fdopen(os.dup(file.fileno()), "wb")
+            self._lines = pa.CompressedOutputStream(self._twin, compression)
 
     def write(self, table: pa.Table) -> None:
         if self._parquet is not None:
@@ -243,16 +245,17 @@ class _TableFile:
     def close(self) -> None:
         if self._parquet is not None:
             self._parquet.close()
-        elif isinstance(self._lines, pa.CompressedOutputStream):
+        elif self._twin is not None:
             self._lines.close()
 
     def abandon(self) -> None:
         """Let go of the file, whose content is not wanted."""
-        with contextlib.suppress(OSError, ValueError):
-            self.close()
         if self._parquet is not None:
-            # Or else pyarrow would try once more, and complain on standard error, when it frees the writer.
+            # Or else pyarrow would write a footer when it frees the writer, and complain that the file is closed.
             self._parquet.is_open = False
+        if self._twin is not None:
+            with contextlib.suppress(OSError):
+                self._twin.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

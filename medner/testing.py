@@ -1,7 +1,7 @@
 """A tiny deterministic model for tests: of medner itself, and of pipelines that call it.
 
-Its rule can be done in the head: the words asthma, breast, cancer, diabetes, fever, heart, failure, mellitus, type and 2
-are mentions of label ``Disease``, and neighbouring ones are one mention.
+Its rule can be done in the head: the words asthma, breast, cancer, diabetes, fever, heart, failure, mellitus, type and
+2 are mentions of label ``Disease``, and neighbouring ones are one mention.
 
 >>> from medner import testing
 >>> [span.text for span in testing.annotator()("Type 2 diabetes, no fever.")]

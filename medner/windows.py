@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -34,6 +35,9 @@ PAD_MULTIPLE = 8
 _LINE_BREAK = re.compile(r"\r\n|\n|\r")
 _LIST_ITEM = re.compile(r"[ \t]*(?:[-*+•·▪◦●○■□‣–][ \t]|\(?(?:\d{1,2}|[A-Za-z])[.)][ \t])")
 _LABELLED = re.compile(r"[ \t]*[A-Z][\w&/()' -]{0,48}:(?:\s|$)")
+_CJK = re.compile(
+    r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
 _MAX_HEADING = 60
 
 
@@ -61,11 +65,23 @@ def _cut(text: str, low: int, high: int) -> int:
         found = text.rfind(mark, low, high)
         if found >= 0:
             return found + len(mark)
-    for pattern in (r"\s", r"\W|[\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]"):
-        last = max((match.end() for match in re.finditer(pattern, text[low:high])), default=0)
-        if last:
-            return low + last
+    for ends_word in (_is_space, _is_alone):
+        for end in range(high, low, -1):
+            if ends_word(text[end - 1]):
+                return end
     return high
+
+
+def _is_space(character: str) -> bool:
+    """White space to BERT, which drops control characters such as the form feed and joins what they part."""
+    return character in "\t\n\r" or (character.isspace() and unicodedata.category(character) != "Cc")
+
+
+def _is_alone(character: str) -> bool:
+    """A word of its own to BERT: punctuation, every other ASCII sign, a CJK character."""
+    if character.isascii():
+        return character.isprintable() and not character.isalnum()
+    return unicodedata.category(character).startswith("P") or bool(_CJK.match(character))
 
 
 def segments(text: str) -> list[int]:
@@ -96,7 +112,8 @@ def _before_space(text: str, low: int, high: int) -> int:
     return high
 
 
-_FLAT = {ord("\n"): " ", ord("\r"): " "}
+# All white space, not only line breaks: sentencex (1.0.32) panics on a letter, a space beyond ASCII and a full stop.
+_FLAT = {code: " " for code in range(0x3001) if chr(code).isspace()}
 
 
 def _block_starts(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import pty
@@ -461,6 +462,35 @@ def test_standard_error_that_nobody_reads(notes: Path) -> None:
         assert (done.stdout, done.stderr) == (f"{code}\n", "")
 
 
+def test_a_stream_that_cannot_be_flushed_is_let_go(
+    notes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What Python would try to flush again at exit goes to the null device; the exit code stays."""
+    with (tmp_path / "stdout").open("wb") as target:
+
+        class Broken(io.StringIO):
+            def flush(self) -> None:
+                raise BrokenPipeError
+
+            def fileno(self) -> int:
+                return target.fileno()
+
+        for stream, arguments, code in (
+            ("stdout", ("annotate", notes, "-o", "out", "--model", TINY), 0),
+            ("stderr", ("annotate", "none.jsonl", "-o", "out2", "--model", TINY), 4),
+            ("stderr", ("annotate", "--none"), 2),
+        ):
+            given = [str(argument) for argument in arguments]
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, stream, Broken())
+                with pytest.raises(SystemExit) as caught:
+                    cli.main(given)
+            assert caught.value.code == code
+            target.write(b"lost")
+            assert os.fstat(target.fileno()).st_rdev == Path(os.devnull).stat().st_rdev
+    assert (tmp_path / "stdout").read_bytes() == b""
+
+
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [(signal.SIGINT, 130, "medner: interrupted\n"), (signal.SIGTERM, 143, "medner: terminated\n")],
@@ -609,7 +639,7 @@ def test_train_export_and_annotate(tmp_path: Path, call: Medner, monkeypatch: py
     options = "--window 16 --precision fp32 --precision int8 --name signs --licence CC0"
     code, output, error = call("export", "model", "-o", "bundle", "--parity-data", "data/devel.tsv", *options.split())
     assert code == 0, error
-    assert output.startswith("parity on devel.tsv: 12 documents, window 16; ")
+    assert output.startswith("parity on devel.tsv: 12 documents, windows of up to 16 tokens, packed; ")
     described = json.loads(Path("bundle/medner.json").read_text())
     assert (described["name"], described["licence"], described["window"]) == ("signs", "CC0", 16)
     assert set(described["variants"]) == {"fp32", "int8"}

@@ -361,6 +361,69 @@ def test_file_sink_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }  # fmt: skip
 
 
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 32 KiB; the kernel refuses the rest, in the middle of a write."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_parts(sink: DirectorySink | FileSink, batch: pa.RecordBatch) -> None:
+    """A run of three parts; a compressor may hold the first."""
+    for part in range(3):
+        sink.commit(part, [batch])
+    sink.finish(MANIFEST)
+
+
+@pytest.mark.parametrize("output", ["run.parquet-parts", "run.jsonl-parts", *(f"x{s}" for s in sinks.FILE_SUFFIXES)])
+def test_a_write_that_fails_half_way(tmp_path: Path, small_files: None, output: str) -> None:
+    """An output error and no temporary file; the writers that are given up do not complain when they are freed."""
+    rng = np.random.default_rng(0)
+    words = [bytes(rng.integers(97, 123, 30).tolist()).decode() for _ in range(5_000)]
+    batch = annotated([(word, [(0, 30)]) for word in words])
+    path = tmp_path / output
+    sink: DirectorySink | FileSink
+    if output.endswith("-parts"):
+        sink = DirectorySink(path, output.split("-")[0][4:], TableOptions())
+    else:
+        sink = FileSink(path, TableOptions())
+    sink.start(RUN)
+
+    with pytest.raises(OutputError, match=r": cannot be written: File too large$"):
+        write_parts(sink, batch)
+    sink.abort()
+    del sink
+    gc.collect()
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.json"]
+    assert left == []
+
+
+@pytest.mark.parametrize("output", ["run", "x.parquet"])
+def test_an_interrupted_write_leaves_no_complaint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    """Ctrl-C in the middle of a Parquet file: pyarrow does not try to finish it when the writer is freed."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", interrupt)
+    sink = sink_of(tmp_path / output)
+    sink.start(RUN)
+    with pytest.raises(KeyboardInterrupt):
+        sink.commit(0, [two_rows()])
+    sink.abort()
+    del sink
+    gc.collect()
+    assert [name for name in names(tmp_path) if name.endswith(("tmp", "parquet"))] == []
+
+
+def sink_of(path: Path) -> DirectorySink | FileSink:
+    """A sink for a Parquet run directory or file."""
+    return FileSink(path, TableOptions()) if path.suffix else DirectorySink(path, "parquet", TableOptions())
+
+
 @pytest.mark.parametrize("suffix", sinks.FILE_SUFFIXES)
 def test_file_sink_given_up(tmp_path: Path, suffix: str) -> None:
     """Nothing stays of a run that failed, and pyarrow does not complain afterwards."""
