@@ -249,11 +249,15 @@ class _TableFile:
             self._lines.close()
 
     def abandon(self) -> None:
-        """Let go of the file, whose content is not wanted."""
+        """Let go of the file, whose content is not wanted.
+
+        Or else pyarrow would go on writing when it frees its objects, and complain that the file is closed.
+        """
         if self._parquet is not None:
-            # Or else pyarrow would write a footer when it frees the writer, and complain that the file is closed.
             self._parquet.is_open = False
         if self._twin is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._lines.close()
             with contextlib.suppress(OSError):
                 self._twin.close()
 

@@ -379,7 +379,9 @@ def write_parts(sink: DirectorySink | FileSink, batch: pa.RecordBatch) -> None:
 
 
 @pytest.mark.parametrize("output", ["run.parquet-parts", "run.jsonl-parts", *(f"x{s}" for s in sinks.FILE_SUFFIXES)])
-def test_a_write_that_fails_half_way(tmp_path: Path, small_files: None, output: str) -> None:
+def test_a_write_that_fails_half_way(
+    tmp_path: Path, small_files: None, output: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """An output error and no temporary file; the writers that are given up do not complain when they are freed."""
     rng = np.random.default_rng(0)
     words = [bytes(rng.integers(97, 123, 30).tolist()).decode() for _ in range(5_000)]
@@ -397,6 +399,7 @@ def test_a_write_that_fails_half_way(tmp_path: Path, small_files: None, output: 
     sink.abort()
     del sink
     gc.collect()
+    assert capfd.readouterr() == ("", "")
     left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.json"]
     assert left == []
 
@@ -425,13 +428,14 @@ def sink_of(path: Path) -> DirectorySink | FileSink:
 
 
 @pytest.mark.parametrize("suffix", sinks.FILE_SUFFIXES)
-def test_file_sink_given_up(tmp_path: Path, suffix: str) -> None:
+def test_file_sink_given_up(tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing stays of a run that failed, and pyarrow does not complain afterwards."""
     sink = FileSink(tmp_path / f"out{suffix}", TableOptions())
     sink.commit(0, [two_rows()])
     sink.abort()
     del sink
     gc.collect()
+    assert capfd.readouterr() == ("", "")
     assert names(tmp_path) == []
 
 

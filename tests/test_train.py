@@ -300,6 +300,15 @@ def test_untokenized_documents_are_trained_on_in_packed_windows(options: TrainOp
     assert metrics["tags"] == ["O", "B-Problem", "I-Problem"]
 
 
+def test_silver_data_is_learnt_from_and_not_scored_on(options: TrainOptions, tmp_path: Path) -> None:
+    """A silver file adds its documents to training; devel and the labels stay those of the data."""
+    silver = {"text": "the patient has gouty pain.", "spans": [[16, 26, "Problem"]]}
+    (tmp_path / "silver.jsonl").write_text("".join(json.dumps(silver) + "\n" for _ in range(5)))
+    trained = train(replace(options, silver=(str(tmp_path / "silver.jsonl"),), output=tmp_path / "out", epochs=1))
+    counts = json.loads((trained.output / "metrics.json").read_text())["data"]
+    assert (counts["train"]["documents"], counts["devel"]["documents"]) == (48 + 5, 12)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
