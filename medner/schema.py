@@ -104,7 +104,7 @@ def spans_schema(*, text: bool = True, keep: Iterable[pa.Field] = ()) -> pa.Sche
 
 def nested_schema(*, text: bool = True, keep: Iterable[pa.Field] = ()) -> pa.Schema:
     """Schema of the ``spans`` table with ``--nested``: a row per note; a rejected note has a null list."""
-    return _written([*KEY, pa.field("spans", pa.list_(pa.field("item", _span(text), nullable=False))), *keep])
+    return _written([*KEY, pa.field("spans", pa.list_(pa.field("element", _span(text), nullable=False))), *keep])
 
 
 def notes_schema(keep: Iterable[pa.Field] = ()) -> pa.Schema:
