@@ -1,7 +1,7 @@
 """Keeps README.md true: prints its commands for CI to run, and generates the help texts that it quotes.
 
-    python .ci/readme.py --command first      # the shell block after <!-- command: first -->
-    python .ci/readme.py --check | --write    # the blocks after <!-- help: COMMAND -->
+python .ci/readme.py --command first      # the shell block after <!-- command: first -->
+python .ci/readme.py --check | --write    # the blocks after <!-- help: COMMAND -->
 """
 
 from __future__ import annotations

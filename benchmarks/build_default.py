@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import pyarrow as pa
 from medner import bundle, datasets, evaluate, score, sources, train
 from medner import export as exporting
 from medner.annotate import Annotator, Options
-from medner.compare import torch_annotator
+from medner.compare import TorchModel, torch_annotator
 from medner.datasets import Document
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +115,23 @@ def agreement(path: Path, documents: list[Document], other: list[Document] | Non
     return score.agreement(_keys(first), _keys(second))
 
 
+def masked_mentions(path: Path, documents: list[Document]) -> dict[str, Any]:
+    """What changes when names after titles become ``___``: masks, mentions that hold one, share of equal mentions."""
+    masked = [replace(d, text=re.sub(r"\b(Mr|Ms|Mrs|Dr)\. [A-Z][a-z]+", r"\1. ___", d.text)) for d in documents]
+    annotator = Annotator.load(path, Options(precision="int8"))
+    before, after = (
+        [(d.id, d.text[start:end]) for d, spans in zip(form, evaluate.find(annotator, form), strict=True)
+         for start, end, _ in spans]
+        for form in (documents, masked)
+    )  # fmt: skip
+    common = (Counter(before) & Counter(after)).total()
+    return {
+        "masks": sum(d.text.count("___") for d in masked),
+        "holding": sum("_" in text for _, text in after),
+        "equal": 2 * common / (len(before) + len(after)),
+    }
+
+
 def _keys(found: evaluate.Found) -> list[tuple[int, int, int, str]]:
     return [(number, *span) for number, spans in enumerate(found) for span in spans]
 
@@ -121,7 +140,7 @@ def prove_fp32(checkpoint: Path, path: Path) -> int:
     """PyTorch and fp32 ONNX find identical spans in all test sentences; the number of sentences."""
     sentences = datasets.load(str(CONLL), "test")
     exported = Annotator.load(path, Options(precision="fp32"))
-    reference = torch_annotator(checkpoint, Options(window=exported.bundle.window))
+    reference = Annotator(exported.bundle, TorchModel(checkpoint), Options(), precision="fp32")
     if evaluate.find(exported, sentences) != evaluate.find(reference, sentences):
         raise SystemExit("fp32 ONNX and PyTorch find different spans in the test sentences")
     return len(sentences)
@@ -146,6 +165,9 @@ def card(path: Path, facts: dict[str, Any]) -> str:
         "sentences": str(facts["fp32_identical_sentences"]),
         "agreement": f"{100 * facts['aci_agreement']:.2f}",
         "capitals": f"{100 * facts['capitals_agreement']:.2f}",
+        "masks": str(facts["masks"]["masks"]),
+        "holding": str(facts["masks"]["holding"]),
+        "equal": f"{100 * facts['masks']['equal']:.2f}",
         "megabytes": f"{loaded.variants['int8'].bytes / 1e6:.1f}",
     }
     for name, value in values.items():
@@ -184,6 +206,7 @@ def main() -> None:
         "fp32_identical_sentences": prove_fp32(checkpoint, path),
         "aci_agreement": agreement(path, documents),
         "capitals_agreement": agreement(path, documents, [replace(d, text=_upper(d.text)) for d in documents]),
+        "masks": masked_mentions(path, documents),
         "scores": scores_of(path),
     }
     manifest = json.loads((path / bundle.MANIFEST).read_text(encoding="utf-8"))

@@ -81,8 +81,8 @@ def test_tables_that_are_written() -> None:
     with_text = f"struct<{', '.join([*offsets, 'text: string not null', *rest])}>"
     assert fields(schema.spans_schema()) == [*KEY, *offsets, "text: string not null", *rest]
     assert fields(schema.spans_schema(text=False)) == [*KEY, *offsets, *rest]
-    assert fields(schema.nested_schema()) == [*KEY, f"spans: list<item: {with_text} not null>"]
-    assert fields(schema.nested_schema(text=False)) == [*KEY, f"spans: list<item: {SPAN} not null>"]
+    assert fields(schema.nested_schema()) == [*KEY, f"spans: list<element: {with_text} not null>"]
+    assert fields(schema.nested_schema(text=False)) == [*KEY, f"spans: list<element: {SPAN} not null>"]
     outcome = ["status: string not null", "reason: string"]
     assert fields(schema.notes_schema()) == [*KEY, *COUNTS, "text_sha256: string", *outcome]
     tables = (schema.spans_schema(), schema.nested_schema(), schema.notes_schema())
