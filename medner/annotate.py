@@ -38,6 +38,9 @@ REUSE_TOKENS = 4_000_000
 
 _JOBS_AHEAD = 3
 
+#: What a row counts towards a job beside its text, so that empty notes do not pile up.
+_ROW_CHARS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -185,6 +188,7 @@ class Annotator:
             waiting.append(rows)
             for row, text in enumerate(_texts(batch, self.options.text_column)):
                 rows.read(row, text)
+                size += _ROW_CHARS
                 for start, end in windows.pieces(text or ""):
                     job.append(_Piece(rows, row, start, (text or "")[start:end]))
                     rows.open_pieces += 1
@@ -193,6 +197,9 @@ class Annotator:
                         yield job
                         job, size = [], 0
             rows.is_read = True
+            if size >= limit:
+                yield job
+                job, size = [], 0
         if job:
             yield job
 

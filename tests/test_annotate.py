@@ -664,3 +664,19 @@ def test_default_bundle_on_clinical_notes(defaults: list[Annotator], data_dir: P
         assert rows(annotator, [as_batch(notes[::-1])]) == first[::-1]
     for note, row in zip(notes, first, strict=True):
         check_offsets(note, [Span(**span, text=note[span["start"] : span["end"]]) for span in row or []])
+
+
+def test_empty_notes_do_not_pile_up(tiny: Annotator) -> None:
+    """Batches without any text come out while the input still runs."""
+    read = 0
+
+    def source() -> Iterator[pa.RecordBatch]:
+        nonlocal read
+        for _ in range(100):
+            read += 1
+            yield pa.record_batch({"text": pa.array(["", None] * 500)})
+
+    first = next(stream := tiny.stream(source()))
+    assert first.column("spans").to_pylist() == [[], None] * 500
+    assert read < 80
+    stream.close()
