@@ -24,8 +24,8 @@ import pyarrow as pa
 from medner import bundle, datasets, evaluate, score, sources, train
 from medner import export as exporting
 from medner.annotate import Annotator, Options
-from medner.compare import TorchModel, torch_annotator
 from medner.datasets import Document
+from medner.pytorch import TorchModel, torch_annotator
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("MEDNER_DATA", ROOT.parent / "shared" / "data"))

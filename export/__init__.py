@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from medner import bundle as bundles
-from medner import compare, decode, runtime
+from medner import decode, parity, runtime
 from medner.errors import CheckFailed, MissingPackage, OutputError, UsageError
+from medner.pytorch import TorchModel
 
 #: Precisions that can be exported.
 PRECISIONS = ("fp32", "int8")
@@ -56,8 +57,8 @@ def export(options: ExportOptions) -> str:
         raise MissingPackage('exporting needs: pip install "medner[export]"') from exc
 
     checkpoint = bundles.load_checkpoint(options.checkpoint, options.window)
-    data = verify.read_parity_data(options.parity_data, options.split)
-    reference = compare.TorchModel(options.checkpoint)
+    data = parity.read_parity_data(options.parity_data, options.split)
+    reference = TorchModel(options.checkpoint)
     with _scratch(options.output) as scratch:
         target = scratch / "bundle"
         graphs = {precision: target / bundles.VARIANT_FILES[precision] for precision in ("fp32", *options.precisions)}
@@ -67,14 +68,19 @@ def export(options: ExportOptions) -> str:
             checkpoint, tried = verify.choose_window(checkpoint, runtime.Session(graphs["fp32"], "cpu"), data)
         else:
             checkpoint = bundles.resized(checkpoint, options.window, packed=options.packed)
-        gate = verify.Gate(checkpoint, reference, data)
+        gate = parity.Gate(checkpoint, reference, data)
         gate.report.windows_tried = tried
         if not gate.check("fp32", graphs["fp32"]).passed:
             raise verify.failure("fp32", gate.report)
         failed: CheckFailed | None = None
         if "int8" in graphs:
-            optimize.to_int8(graphs["fp32"], graphs["int8"], verify.samples(checkpoint, data))
-            if not gate.check("int8", graphs["int8"]).passed:
+            samples = verify.samples(checkpoint, data)
+            # Fixed scales are faster; where they cost this model too much, every row gets its own.
+            for gate.report.int8_scales, static_bits in (("fixed", optimize.STATIC_BITS), ("a row's own", -1.0)):
+                optimize.to_int8(graphs["fp32"], graphs["int8"], samples, static_bits)
+                if gate.check("int8", graphs["int8"]).passed:
+                    break
+            else:
                 failed = verify.failure("int8", gate.report)
                 graphs["int8"].unlink()
         if "fp32" not in options.precisions:
@@ -112,7 +118,7 @@ def _check(options: ExportOptions) -> None:
             raise OutputError(f"{output}: holds a bundle; choose another -o, or pass --overwrite")
 
 
-def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, parity: Mapping[str, Any]) -> None:
+def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, report: Mapping[str, Any]) -> None:
     """Add tokenizer, settings, card and ``medner.json`` to the graphs."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (options.checkpoint / name).is_file():
@@ -121,7 +127,7 @@ def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, 
     training = options.checkpoint / "metrics.json"
     card: dict[str, Any] = {
         "licence": options.licence,
-        "parity": parity,
+        "parity": report,
         "training": json.loads(training.read_text(encoding="utf-8")) if training.is_file() else None,
         "versions": {**{package: version(package) for package in _PACKAGES}, "onnxruntime": runtime.version()},
     }
@@ -141,7 +147,7 @@ _PACKAGES = ("medner", "torch", "transformers", "optimum", "optimum-onnx", "onnx
 
 def _model_card(name: str, checkpoint: bundles.Bundle, card: Mapping[str, Any]) -> str:
     """A card with the facts that are known at export; its author adds use and limits."""
-    parity = card["parity"]
+    report = card["parity"]
     lines = [
         f"# {name}",
         "",
@@ -151,12 +157,12 @@ def _model_card(name: str, checkpoint: bundles.Bundle, card: Mapping[str, Any]) 
         f"- Labels: {', '.join(checkpoint.labels)}",
         f"- Window: {checkpoint.window} tokens, {'as many segments as fit' if checkpoint.packed else 'one segment'}",
         "",
-        f"## Parity with PyTorch, on {parity['data']} ({parity['documents']} documents)",
+        f"## Parity with PyTorch, on {report['data']} ({report['documents']} documents)",
         "",
         "| variant | spans | equal to PyTorch's | F1 | PyTorch's F1 |",
         "|---|---|---|---|---|",
     ]
-    for precision, result in parity["variants"].items():
+    for precision, result in report["variants"].items():
         scores = [f"{value:.4f}" if value is not None else "-" for value in (result["f1"], result["reference_f1"])]
         name = precision if result["passed"] else f"{precision} (failed, not written)"
         lines.append(f"| {name} | {result['spans']} | {result['agreement']:.2%} | {' | '.join(scores)} |")

@@ -1,9 +1,13 @@
 """fp32 graph -> int8 graph whose result for a window does not depend on the batch.
 
 The usual dynamic quantization takes one scale over the whole activation tensor, so a note's spans depend on its
-neighbours in the batch. Here each token's activation row has its own scale, in standard ONNX operators::
+neighbours in the batch. Here each token's activation row has its own scale::
 
-    s = max|x| / 127        q = QuantizeLinear(x / s, 1, 128)        y = Cast(MatMulInteger(q, W)) * column_scale * s
+    s = max|x| / 127        q = QuantizeLinear(x * 127 / max|x|, 1, 128)        y = MatMulIntegerToFloat(q, W) * s
+
+With sample text at hand, an activation has one fixed scale for all text instead, which saves most passes of the chain.
+What makes that precise enough: a few channels are far out in a few rows (those of ``[CLS]``), and they get further
+columns for what is beyond the range of one, so that the scale need not cover them (``_Lanes``).
 
 Weights are symmetric int8, one scale a column; the word embeddings int8, one scale a row. Two exact rewritings leave
 less to round:
@@ -12,308 +16,487 @@ less to round:
 - What comes out of a layer normalization has a few channels far larger than the rest, which set the scale for all. A
   second normalization centres the channels and divides each by the square root of its deviation on sample text; the
   weights are multiplied by it, and the bias takes up the centre (after SmoothQuant, Xiao et al. 2023).
+
+Attention is rewritten first, see :mod:`medner.export.attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from medner.export.attention import rewrite
+from medner.export.graph import MICROSOFT, Floats, Graph, node
+from onnx import TensorProto, helper
 
 from medner import runtime
 from medner.errors import ModelError
+
+#: An activation gets one fixed scale where that costs the average row at most this many bits of its 8.
+STATIC_BITS = 3.0
 
 #: Matrices with fewer columns (the classifier) stay in fp32: they cost nothing and decide the tags.
 _MIN_COLUMNS = 16
 #: GELU's minimum is -0.16997, that of its approximation by tanh -0.17004.
 _GELU_SHIFT = 0.1701
+_TINY = 1e-12
+#: Columns that an activation of a fixed scale may have beside its channels, and the loss of bits that calls for them.
+_MAX_LANES, _LANE_BITS = 8, 1.2
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """How many nodes became int8: matrix products, the activation chains that feed them, and embedding tables.
+    """How many nodes became int8: matrix products, the activations that feed them, and embedding tables.
 
-    shifted, balanced: how many of the activations were shifted after GELU, or balanced after a layer normalization.
+    static: activations with one fixed scale; the others have a scale for each row. shifted, balanced: activations
+    shifted after GELU, or balanced after a layer normalization. lanes: columns beside the channels, over all
+    activations. attention: attention blocks rewritten.
     """
 
     products: int
     activations: int
     tables: int
+    static: int
     shifted: int
     balanced: int
+    lanes: int
+    attention: int
 
 
-def to_int8(source: Path, target: Path, samples: Sequence[Ints] = ()) -> Quantized:
+def to_int8(source: Path, target: Path, samples: Sequence[Ints] = (), static_bits: float = STATIC_BITS) -> Quantized:
     """Write the int8 form of a graph.
 
-    samples: windows of real text, int64 [length] each, special tokens included, from which the channels' means and
-    deviations are taken; without them no activation is balanced. Raises :class:`ModelError` where there is nothing to
-    quantize, or a weight matrix would stay in fp32 unnoticed.
+    samples: windows of real text, int64 [length] each, special tokens included, from which the sizes of activations
+    are taken; without them every scale is a row's own. static_bits: see
+    :data:`STATIC_BITS`. Raises :class:`ModelError` where there is nothing to quantize, or a weight matrix would stay
+    in fp32 unnoticed.
     """
-    model = onnx.load(str(source))
-    graph = _Graph(model)
-    tables, products = graph.word_embeddings(), graph.constant_products()
+    model, blocks = rewrite(onnx.load(str(source)))
+    graph = Graph(model)
+    tables, products = _word_embeddings(graph), _constant_products(graph)
     if not products or not tables:
         raise ModelError(f"{source}: {len(products)} matrix products and {len(tables)} embedding tables to quantize")
-    normalized = graph.normalized_activations()
-    if samples and normalized:
-        graph.balance(_moments(graph.showing(normalized), normalized, samples))
-    for node in tables:
-        graph.quantize_table(node)
-    for node in products:
-        graph.quantize_product(node)
+    activations = _activations(graph, products, samples, static_bits)
+    for table in tables:
+        _quantize_table(graph, table)
+    for activation in activations:
+        _quantize_activation(graph, activation)
+    _answer_in_the_graph(graph)
     graph.finish()
-    if left := graph.matrices_left():
+    if left := _matrices_left(graph):
         raise ModelError(f"{source}: int8 is for graphs of Optimum's; these nodes keep fp32 weights: {', '.join(left)}")
     onnx.checker.check_model(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, str(target))
-    return Quantized(len(products), len(graph.activations), len(tables), len(graph.shifted), len(graph.balances))
+    return Quantized(
+        products=len(products),
+        activations=len(activations),
+        tables=len(tables),
+        static=sum(activation.scale is not None for activation in activations),
+        shifted=sum(activation.shift > 0 for activation in activations),
+        balanced=sum(activation.balance is not None for activation in activations),
+        lanes=sum(len(activation.lanes.channels) for activation in activations if activation.lanes is not None),
+        attention=blocks,
+    )
 
 
-def _moments(graph: bytes, names: Sequence[str], samples: Sequence[Ints]) -> dict[str, tuple[Floats, Floats]]:
+# ---------------------------------------------------------------------------------------------------------------------
+# What is there
+
+
+@dataclass(slots=True)
+class _Activation:
+    """A value that feeds matrix products, and how its rows become int8.
+
+    shift: what is added first, so that nothing is below 0. balance: the centre and the divisor of each channel.
+    scale: the fixed scale; None gives each row its own. lanes: where the scale is fixed, the channels that go beyond it
+    and what they take up there.
+    """
+
+    name: str
+    products: list[onnx.NodeProto]
+    shift: float = 0.0
+    balance: tuple[Floats, Floats] | None = None
+    scale: float | None = None
+    lanes: _Lanes | None = None
+
+    @property
+    def zero_point(self) -> int:
+        """The uint8 value that stands for 0."""
+        if self.scale is None:
+            return 0 if self.shift else 128
+        return round(self.shift / self.scale) if self.shift else 128
+
+
+@dataclass(frozen=True, slots=True)
+class _Lanes:
+    """Further columns of an activation's rows, for what its outliers have beyond the range of one column.
+
+    Lane ``i`` holds ``max(signs[i] * x[channels[i]] - offsets[i], 0)``, and has its channel's weights, times the sign.
+    channels: int64 [n]; signs, offsets: float32 [n].
+    """
+
+    channels: Ints
+    signs: Floats
+    offsets: Floats
+
+
+def _constant_products(graph: Graph) -> list[onnx.NodeProto]:
+    """MatMul nodes with a constant, wide enough right-hand matrix."""
+    return [product for product in graph.nodes("MatMul") if _is_wide(graph, product.input[1])]
+
+
+def _word_embeddings(graph: Graph) -> list[onnx.NodeProto]:
+    """Gather nodes that look ``input_ids`` up in a constant table."""
+    lookups = graph.nodes("Gather")
+    return [lookup for lookup in lookups if lookup.input[1] == "input_ids" and len(graph.shape(lookup.input[0])) == 2]
+
+
+def _matrices_left(graph: Graph) -> list[str]:
+    """Nodes that still compute with a wide fp32 matrix; position tables, looked up or normalized, may stay."""
+    nodes = (item for item in graph.model.graph.node if item.op_type not in ("Gather", "LayerNormalization"))
+    return [f"{item.name} ({item.op_type})" for item in nodes if any(_is_wide(graph, name) for name in item.input)]
+
+
+def _is_wide(graph: Graph, name: str) -> bool:
+    shape = graph.shape(name)
+    is_float = bool(shape) and graph.weights[name].data_type == TensorProto.FLOAT
+    return is_float and len(shape) == 2 and min(shape) >= _MIN_COLUMNS
+
+
+def _bias(graph: Graph, product: onnx.NodeProto) -> tuple[onnx.NodeProto, str] | None:
+    """The node that adds a constant vector to a product, where nothing else uses the product, and the vector."""
+    users = graph.users.get(product.output[0], [])
+    if len(users) != 1 or users[0].op_type != "Add":
+        return None
+    other = users[0].input[1 if users[0].input[0] == product.output[0] else 0]
+    return (users[0], other) if len(graph.shape(other)) == 1 else None
+
+
+def _is_gelu(graph: Graph, name: str) -> bool:
+    """Whether a value is GELU as exported: products and sums of one value, the error function among them."""
+    edge, kinds = {name}, set()
+    for _ in range(5):
+        makers = [graph.makers[n] for n in edge if n in graph.makers]
+        kinds |= {maker.op_type for maker in makers}
+        if kinds & {"Erf", "Gelu"}:
+            return True
+        edge = {n for maker in makers if maker.op_type in ("Mul", "Add") for n in maker.input}
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scales
+
+
+def _activations(
+    graph: Graph, products: Sequence[onnx.NodeProto], samples: Sequence[Ints], static_bits: float
+) -> list[_Activation]:
+    """The activations that feed the products, with their scales settled on the samples."""
+    found: dict[str, _Activation] = {}
+    for product in products:
+        name = product.input[0]
+        found.setdefault(name, _Activation(name, [])).products.append(product)
+    activations = list(found.values())
+    for activation in activations:
+        if _is_gelu(graph, activation.name) and all(_bias(graph, product) for product in activation.products):
+            activation.shift = _GELU_SHIFT
+    if not samples:
+        return activations
+    normalized = [activation for activation in activations if _can_be_balanced(graph, activation)]
+    moments = _moments(graph, [activation.name for activation in normalized], samples) if normalized else {}
+    for activation in normalized:
+        mean, deviation = moments[activation.name]
+        divisor = np.sqrt(np.maximum(deviation, 1e-6))
+        # The divisors' geometric mean is one.
+        activation.balance = mean, (divisor / np.exp(np.log(divisor).mean())).astype(np.float32)
+    for activation, extent in zip(activations, _extents(graph, activations, samples), strict=True):
+        levels = 255 if activation.shift else 127
+        for most in (0, _MAX_LANES):
+            scale, lanes = _fixed_scale(activation.shift, extent.lowest, extent.highest, most)
+            # Bits that the average row loses against a scale of its own.
+            lost = float(np.log2(scale * levels / extent.rows).mean())
+            if lost <= (static_bits if most else min(static_bits, _LANE_BITS)):
+                activation.scale, activation.lanes = scale, lanes
+                break
+    return activations
+
+
+def _fixed_scale(shift: float, lowest: Floats, highest: Floats, most: int) -> tuple[float, _Lanes | None]:
+    """The finest scale for which at most so many further columns hold what is beyond the range of one.
+
+    shift: 0 for a range around 0, else minus the lowest value there is. lowest, highest: of each channel, float32 [n].
+    """
+
+    def lanes_at(scale: float) -> list[tuple[int, float, float]]:
+        zero_point = round(shift / scale) if shift else 128
+        sides = [(1.0, highest, (255 - zero_point) * scale)]
+        if not shift:
+            sides.append((-1.0, -lowest, zero_point * scale))
+        # A lane starts where its channel's own column, or the lane before, is full; it holds 255 steps.
+        return [
+            (int(channel), sign, first + number * 255 * scale)
+            for sign, largest, first in sides
+            for channel in np.flatnonzero(largest > first * (1 + 1e-6))
+            for number in range(math.ceil((float(largest[channel]) - first) / (255 * scale) * (1 - 1e-6)))
+        ]
+
+    widest = float(max(highest.max() + shift, 0.0 if shift else -lowest.min(), _TINY)) / (255 if shift else 127)
+    low, high = widest / 64, widest
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(lanes_at(middle)) <= most else (middle, high)
+    lanes = lanes_at(high)
+    if not lanes:
+        return high, None
+    channels, signs, offsets = zip(*lanes, strict=True)
+    return high, _Lanes(np.array(channels, np.int64), np.array(signs, np.float32), np.array(offsets, np.float32))
+
+
+def _can_be_balanced(graph: Graph, activation: _Activation) -> bool:
+    """A layer normalization makes it, and it feeds only products with a bias of their own."""
+    maker = graph.makers.get(activation.name)
+    is_normalized = maker is not None and maker.op_type == "LayerNormalization" and len(maker.input) == 3
+    return is_normalized and all(_bias(graph, product) for product in activation.products)
+
+
+def _values(graph: Graph, names: Sequence[str], samples: Sequence[Ints]) -> Iterator[dict[str, Floats]]:
+    """Values of some activations for each sample, float32 [length, channels]."""
+    for values in runtime.activations(graph.showing(names), names, samples):
+        yield {name: value.reshape(-1, value.shape[-1]) for name, value in zip(names, values, strict=True)}
+
+
+def _moments(graph: Graph, names: Sequence[str], samples: Sequence[Ints]) -> Mapping[str, tuple[Floats, Floats]]:
     """Mean and standard deviation of each channel of some activations over the samples' tokens."""
-    tokens = 0
-    sums: dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] = {}
-    for ids, values in zip(samples, runtime.activations(graph, names, samples), strict=True):
-        tokens += len(ids)
-        for name, value in zip(names, values, strict=True):
-            rows = value.reshape(-1, value.shape[-1]).astype(np.float64)
-            first, second = sums.get(name, (0.0, 0.0))
-            sums[name] = first + rows.sum(axis=0), second + (rows**2).sum(axis=0)
+    tokens = sum(map(len, samples))
+    first = dict.fromkeys(names, np.zeros(1))
+    second = dict.fromkeys(names, np.zeros(1))
+    for values in _values(graph, names, samples):
+        for name, rows in values.items():
+            first[name] = first[name] + rows.sum(axis=0, dtype=np.float64)
+            second[name] = second[name] + (rows.astype(np.float64) ** 2).sum(axis=0)
     return {
-        name: ((first / tokens).astype(np.float32), np.sqrt(np.maximum(second / tokens - (first / tokens) ** 2, 0)))
-        for name, (first, second) in sums.items()
+        name: (
+            (first[name] / tokens).astype(np.float32),
+            np.sqrt(np.maximum(second[name] / tokens - (first[name] / tokens) ** 2, 0)).astype(np.float32),
+        )
+        for name in names
     }
 
 
-class _Graph:
-    """A graph being rewritten: nodes are replaced in place, so that their order stays topological."""
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """How large an activation gets, balanced as it will be.
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = model
-        self._graph = model.graph
-        self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._name_shared_weights()
-        self._makers = {name: node for node in model.graph.node for name in node.output}
-        self._biases = self._bias_additions()
-        self._new: dict[str, list[onnx.NodeProto]] = {}
-        #: The quantized rows of each activation, their scale, and the zero point.
-        self.activations: dict[str, tuple[str, str, int]] = {}
-        self.shifted: set[str] = set()
-        self.balances: dict[str, tuple[Floats, Floats]] = {}
-        self._constant("medner.one", np.array(1.0, np.float32))
-        self._constant("medner.middle", np.array(128, np.uint8))
-        self._constant("medner.bottom", np.array(0, np.uint8))
-        self._constant("medner.half_range", np.array(127.0, np.float32))
-        self._constant("medner.full_range", np.array(255.0, np.float32))
-        self._constant("medner.gelu_shift", np.array(_GELU_SHIFT, np.float32))
-        self._constant("medner.tiny", np.array(1e-12, np.float32))
-        self._constant("medner.last_axis", np.array([-1], np.int64))
+    lowest, highest: of each channel, float32 [n_channels]; rows: the largest magnitude in each row, shifted as it will
+    be, float32 [n_tokens].
+    """
 
-    def _name_shared_weights(self) -> None:
-        """The exporter reaches a weight that several layers share through Identity nodes: drop those."""
-        nodes = list(self._graph.node)
-        names = {n.output[0]: n.input[0] for n in nodes if n.op_type == "Identity" and n.input[0] in self._weights}
-        kept = [node for node in nodes if node.output[0] not in names]
-        for node in kept:
-            node.input[:] = [names.get(name, name) for name in node.input]
-        del self._graph.node[:]
-        self._graph.node.extend(kept)
+    lowest: Floats
+    highest: Floats
+    rows: Floats
 
-    def constant_products(self) -> list[onnx.NodeProto]:
-        """MatMul nodes with a constant, wide enough right-hand matrix."""
-        return [node for node in self._graph.node if node.op_type == "MatMul" and self._is_wide(node.input[1])]
 
-    def matrices_left(self) -> list[str]:
-        """Nodes that still compute with a wide fp32 matrix; position tables, looked up or normalized, may stay."""
-        nodes = (node for node in self._graph.node if node.op_type not in ("Gather", "LayerNormalization"))
-        return [f"{node.name} ({node.op_type})" for node in nodes if any(map(self._is_wide, node.input))]
+def _extents(graph: Graph, activations: Sequence[_Activation], samples: Sequence[Ints]) -> list[_Extent]:
+    found: list[list[_Extent]] = [[] for _ in activations]
+    for values in _values(graph, [activation.name for activation in activations], samples):
+        for activation, seen in zip(activations, found, strict=True):
+            rows = values[activation.name]
+            if activation.balance is not None:
+                mean, divisor = activation.balance
+                rows = (rows - mean) / divisor
+            ranges = np.maximum(np.abs(rows + np.float32(activation.shift)).max(axis=1), np.float32(_TINY))
+            seen.append(_Extent(rows.min(axis=0), rows.max(axis=0), ranges))
+    return [
+        _Extent(
+            np.min([extent.lowest for extent in seen], axis=0),
+            np.max([extent.highest for extent in seen], axis=0),
+            np.concatenate([extent.rows for extent in seen]),
+        )
+        for seen in found
+    ]
 
-    def word_embeddings(self) -> list[onnx.NodeProto]:
-        """Gather nodes that look ``input_ids`` up in a constant table."""
-        return [
-            node
-            for node in self._graph.node
-            if node.op_type == "Gather" and node.input[1] == "input_ids" and len(self._shape(node.input[0])) == 2
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewriting
+
+
+def _quantize_activation(graph: Graph, activation: _Activation) -> None:
+    """Replace the products that an activation feeds; the first of them brings the nodes that quantize its rows."""
+    nodes, row_scale = _quantize_rows(graph, activation)
+    for product in activation.products:
+        nodes += _quantize_product(graph, activation, product, row_scale)
+        graph.replace(product.output[0], nodes)
+        nodes = []
+
+
+def _quantize_rows(graph: Graph, activation: _Activation) -> tuple[list[onnx.NodeProto], str | None]:
+    """Nodes that make ``NAME.rows``; and the rows' scale, None where it is fixed."""
+    name = source = activation.name
+    nodes: list[onnx.NodeProto] = []
+    if activation.balance is not None:
+        source = f"{name}.balanced"
+        nodes.append(_balanced_normalization(graph, activation, source))
+    if activation.scale is not None:
+        return [*nodes, *_fixed_rows(graph, activation, source)], None
+    if activation.shift:
+        source = magnitude = f"{name}.shifted"
+        nodes.append(node("Add", [name, graph.constant("medner.gelu_shift", activation.shift)], source))
+        levels = 255.0
+    else:
+        magnitude = f"{name}.abs"
+        nodes.append(node("Abs", [source], magnitude))
+        levels = 127.0
+    levels_name = graph.constant(f"medner.levels.{levels:.0f}", levels)
+    zero = graph.constant(f"{name}.zero", np.array(activation.zero_point, np.uint8))
+    last_axis = graph.constant("medner.last_axis", np.array([-1], np.int64))
+    nodes += [
+        node("ReduceMax", [magnitude, last_axis], f"{name}.max", keepdims=1),
+        node("Max", [f"{name}.max", graph.constant("medner.tiny", _TINY)], f"{name}.range"),
+        # Two divisions a row, not one a channel.
+        node("Div", [levels_name, f"{name}.range"], f"{name}.inverse"),
+        node("Div", [f"{name}.range", levels_name], f"{name}.row_scale"),
+        node("Mul", [source, f"{name}.inverse"], f"{name}.scaled"),
+        node("QuantizeLinear", [f"{name}.scaled", graph.constant("medner.one", 1.0), zero], f"{name}.rows"),
+    ]
+    return nodes, f"{name}.row_scale"
+
+
+def _fixed_rows(graph: Graph, activation: _Activation, source: str) -> list[onnx.NodeProto]:
+    """Nodes that make ``NAME.rows`` from ``source`` by one fixed scale, with further columns for its outliers."""
+    name, lanes = activation.name, activation.lanes
+    assert activation.scale is not None
+    scale = graph.constant(f"{name}.scale", activation.scale)
+    zero = graph.constant(f"{name}.zero", np.array(activation.zero_point, np.uint8))
+    if lanes is None:
+        return [node("QuantizeLinear", [source, scale, zero], f"{name}.rows")]
+    picked = f"{name}.outliers"
+    nodes = [
+        node("QuantizeLinear", [source, scale, zero], f"{name}.columns"),
+        node("Gather", [source, graph.constant(f"{name}.channels", lanes.channels)], picked, axis=-1),
+    ]
+    if (lanes.signs < 0).any():
+        nodes.append(node("Mul", [picked, graph.constant(f"{name}.signs", lanes.signs)], f"{name}.signed"))
+        picked = f"{name}.signed"
+    # Quantizing to 0 ... 255 cuts off what the channel's own column holds.
+    bottom = graph.constant("medner.bottom", np.array(0, np.uint8))
+    return [
+        *nodes,
+        node("Sub", [picked, graph.constant(f"{name}.offsets", lanes.offsets)], f"{name}.beyond"),
+        node("QuantizeLinear", [f"{name}.beyond", scale, bottom], f"{name}.lanes"),
+        node("Concat", [f"{name}.columns", f"{name}.lanes"], f"{name}.rows", axis=-1),
+    ]
+
+
+def _balanced_normalization(graph: Graph, activation: _Activation, output: str) -> onnx.NodeProto:
+    """The normalization that makes an activation, with centre and divisor in its scale and bias."""
+    assert activation.balance is not None
+    mean, divisor = activation.balance
+    maker = graph.makers[activation.name]
+    balanced = onnx.NodeProto()
+    balanced.CopyFrom(maker)
+    balanced.input[1] = graph.constant(f"{output}.gain", graph.array(maker.input[1]) / divisor)
+    balanced.input[2] = graph.constant(f"{output}.bias", (graph.array(maker.input[2]) - mean) / divisor)
+    balanced.output[:] = [output]
+    balanced.name = f"{output}/{balanced.op_type}"
+    return balanced
+
+
+def _quantize_product(
+    graph: Graph, activation: _Activation, product: onnx.NodeProto, row_scale: str | None
+) -> list[onnx.NodeProto]:
+    """Nodes that make a product from ``NAME.rows``; where it has a bias, that is added here or changed in its place."""
+    (output,) = product.output
+    weight = product.input[1]
+    matrix = graph.array(weight)
+    # Named for the weight, which several layers may share, unless it is changed for one of them.
+    name = weight if activation.balance is None and activation.lanes is None else output
+    added = np.zeros(matrix.shape[1], np.float32)
+    if activation.balance is not None:
+        mean, divisor = activation.balance
+        added += mean @ matrix
+        matrix = matrix * divisor[:, None]
+    values, scale = quantize_columns(matrix)
+    if activation.shift and row_scale is not None:
+        added -= np.float32(activation.shift) * (values.sum(axis=0, dtype=np.int64) * scale)
+    if activation.lanes is not None:
+        signs = activation.lanes.signs.astype(np.int8)[:, None]
+        further = signs * values[activation.lanes.channels]
+        values = np.concatenate([values, further])
+        # In a lane 0 stands for 0, but the product takes the zero point off everywhere.
+        assert activation.scale is not None
+        added += activation.zero_point * activation.scale * scale * further.sum(axis=0, dtype=np.int64)
+    bias = _bias(graph, product)
+    inputs = [
+        f"{activation.name}.rows",
+        graph.constant(f"{name}.int8", values),
+        graph.constant("medner.one", 1.0) if row_scale is not None else f"{activation.name}.scale",
+        graph.constant(f"{name}.column_scale", scale),
+        # Zero points of its own: onnxruntime's precision option for old processors rewrites them node by node. Where
+        # the weights have none, onnxruntime 1.23 ends the process, or leaves the weights to saturate.
+        graph.constant(f"{output}.zero_point", np.array(activation.zero_point, np.uint8)),
+        graph.constant(f"{output}.weight_zero_point", np.array(0, np.int8)),
+    ]
+    if row_scale is None:
+        if bias is not None:
+            # The product takes the sum's name; the addition is gone.
+            add, vector = bias
+            output = add.output[0]
+            added += graph.array(vector)
+            graph.replace(output, [])
+        total = graph.constant(f"{output}.bias", added)
+        return [node("MatMulIntegerToFloat", [*inputs, total], output, MICROSOFT)]
+    if bias is not None and added.any():
+        add, vector = bias
+        total = graph.constant(f"{output}.bias", graph.array(vector) + added)
+        graph.replace(add.output[0], [helper.make_node("Add", [output, total], add.output, add.name)])
+    return [
+        node("MatMulIntegerToFloat", inputs, f"{output}.columns", MICROSOFT),
+        node("Mul", [f"{output}.columns", row_scale], output),
+    ]
+
+
+def _quantize_table(graph: Graph, lookup: onnx.NodeProto) -> None:
+    table, ids = lookup.input
+    (output,) = lookup.output
+    values, scale = quantize_columns(graph.array(table).T)
+    rows = graph.constant(f"{table}.int8", np.ascontiguousarray(values.T))
+    scales = graph.constant(f"{table}.row_scale", scale[:, None])
+    graph.replace(
+        output,
+        [
+            node("Gather", [rows, ids], f"{output}.picked"),
+            node("Cast", [f"{output}.picked"], f"{output}.picked.float", to=TensorProto.FLOAT),
+            node("Gather", [scales, ids], f"{output}.picked.scale"),
+            node("Mul", [f"{output}.picked.float", f"{output}.picked.scale"], output),
+        ],
+    )
+
+
+def _answer_in_the_graph(graph: Graph) -> None:
+    """Outputs ``tag`` and ``probability`` beside ``logits``: each token's likeliest class, and how likely it is."""
+    last_axis = graph.constant("medner.last_axis", np.array([-1], np.int64))
+    graph.append(
+        [
+            node("ArgMax", ["logits"], "medner.class", axis=-1, keepdims=0),
+            node("Cast", ["medner.class"], "tag", to=TensorProto.INT16),
+            node("Softmax", ["logits"], "medner.probabilities", axis=-1),
+            node("ReduceMax", ["medner.probabilities", last_axis], "probability", keepdims=0),
         ]
-
-    def normalized_activations(self) -> list[str]:
-        """Activations that a layer normalization makes and that feed only products with a bias of their own."""
-        feeds: dict[str, list[str]] = {}
-        for node in self.constant_products():
-            feeds.setdefault(node.input[0], []).append(node.output[0])
-        return [
-            name
-            for name, outputs in feeds.items()
-            if name in self._makers
-            and self._makers[name].op_type == "LayerNormalization"
-            and len(self._makers[name].input) == 3
-            and all(output in self._biases for output in outputs)
-        ]
-
-    def showing(self, names: Sequence[str]) -> bytes:
-        """The graph as it is, with some activations as its outputs."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self._model)
-        del model.graph.output[:]
-        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-        return bytes(model.SerializeToString())
-
-    def balance(self, moments: dict[str, tuple[Floats, Floats]]) -> None:
-        """Note the centre and the divisor of each channel; the divisors' geometric mean is one."""
-        for name, (mean, deviation) in moments.items():
-            divisor = np.sqrt(np.maximum(deviation, 1e-6))
-            self.balances[name] = mean, (divisor / np.exp(np.log(divisor).mean())).astype(np.float32)
-
-    def quantize_product(self, node: onnx.NodeProto) -> None:
-        activation, weight = node.input
-        (output,) = node.output
-        nodes: list[onnx.NodeProto] = []
-        if activation not in self.activations:
-            self.activations[activation] = self._quantize_rows(activation, output, nodes)
-        rows, row_scale, zero_point = self.activations[activation]
-        matrix = self._array(weight)
-        # Named for the weight, which several layers may share, unless it is changed for one of them.
-        name = weight if activation not in self.balances else output
-        correction = None
-        if activation in self.balances:
-            mean, divisor = self.balances[activation]
-            correction = mean @ matrix
-            matrix = matrix * divisor[:, None]
-        values, scale = quantize_columns(matrix)
-        if activation in self.shifted:
-            correction = -_GELU_SHIFT * (values.sum(axis=0, dtype=np.int64) * scale)
-        self._constant(f"{name}.int8", values)
-        self._constant(f"{name}.column_scale", scale)
-        # A zero point of its own: onnxruntime's precision option for old processors rewrites it node by node.
-        self._constant(f"{output}.zero_point", np.array(zero_point, np.uint8))
-        nodes += [
-            helper.make_node(
-                "MatMulInteger", [rows, f"{name}.int8", f"{output}.zero_point"], [f"{output}.sums"], node.name
-            ),
-            helper.make_node(
-                "Cast", [f"{output}.sums"], [f"{output}.float"], f"{node.name}/Cast", to=TensorProto.FLOAT
-            ),
-            # First the columns, then the rows. With the product of both scales onnxruntime would fuse the chain into
-            # MatMulIntegerToFloat as though the row scale were one number.
-            helper.make_node("Mul", [f"{output}.float", f"{name}.column_scale"], [f"{output}.columns"]),
-            helper.make_node("Mul", [f"{output}.columns", row_scale], [output]),
-        ]
-        self._new[output] = nodes
-        if correction is not None:
-            add, bias = self._biases[output]
-            self._constant(f"{output}.bias", self._array(bias) + correction.astype(np.float32))
-            self._new[add.output[0]] = [helper.make_node("Add", [output, f"{output}.bias"], add.output, add.name)]
-
-    def _quantize_rows(self, name: str, output: str, nodes: list[onnx.NodeProto]) -> tuple[str, str, int]:
-        """Append the chain that quantizes an activation's rows; its rows, their scale and the zero point."""
-        magnitude, offset, levels, middle = f"{name}.abs", name, "medner.half_range", "medner.middle"
-        if name in self.balances:
-            offset = f"{name}.balanced"
-            nodes.append(self._balanced_normalization(name, offset))
-        if self._is_gelu(name) and output in self._biases:
-            self.shifted.add(name)
-            magnitude = offset = f"{name}.shifted"
-            levels, middle = "medner.full_range", "medner.bottom"
-            nodes.append(helper.make_node("Add", [name, "medner.gelu_shift"], [offset]))
-        else:
-            nodes.append(helper.make_node("Abs", [offset], [magnitude]))
-        nodes += [
-            helper.make_node("ReduceMax", [magnitude, "medner.last_axis"], [f"{name}.max"], keepdims=1),
-            helper.make_node("Max", [f"{name}.max", "medner.tiny"], [f"{name}.range"]),
-            helper.make_node("Div", [f"{name}.range", levels], [f"{name}.row_scale"]),
-            helper.make_node("Div", [offset, f"{name}.row_scale"], [f"{name}.scaled"]),
-            helper.make_node("QuantizeLinear", [f"{name}.scaled", "medner.one", middle], [f"{name}.rows"]),
-        ]
-        return f"{name}.rows", f"{name}.row_scale", 0 if name in self.shifted else 128
-
-    def _balanced_normalization(self, name: str, output: str) -> onnx.NodeProto:
-        """The normalization that makes an activation, with centre and divisor in its scale and bias."""
-        mean, divisor = self.balances[name]
-        node = onnx.NodeProto()
-        node.CopyFrom(self._makers[name])
-        self._constant(f"{output}.gain", self._array(node.input[1]) / divisor)
-        self._constant(f"{output}.bias", (self._array(node.input[2]) - mean) / divisor)
-        node.input[1:] = [f"{output}.gain", f"{output}.bias"]
-        node.output[:] = [output]
-        node.name = f"{node.name}/Balanced"
-        return node
-
-    def _is_gelu(self, name: str) -> bool:
-        """Whether an activation is GELU as exported: products and sums of one value, the error function among them."""
-        edge, kinds = {name}, set()
-        for _ in range(5):
-            makers = [self._makers[n] for n in edge if n in self._makers]
-            kinds |= {maker.op_type for maker in makers}
-            if kinds & {"Erf", "Gelu"}:
-                return True
-            edge = {n for maker in makers if maker.op_type in ("Mul", "Add") for n in maker.input}
-        return False
-
-    def _bias_additions(self) -> dict[str, tuple[onnx.NodeProto, str]]:
-        """For each value that a constant vector is added to, and that nothing else uses: the node and the vector."""
-        users: dict[str, list[onnx.NodeProto]] = {}
-        for node in self._graph.node:
-            for name in node.input:
-                users.setdefault(name, []).append(node)
-        found = {}
-        for name, nodes in users.items():
-            if len(nodes) == 1 and nodes[0].op_type == "Add":
-                other = nodes[0].input[1 if nodes[0].input[0] == name else 0]
-                if len(self._shape(other)) == 1:
-                    found[name] = nodes[0], other
-        return found
-
-    def quantize_table(self, node: onnx.NodeProto) -> None:
-        table, ids = node.input
-        (output,) = node.output
-        values, scale = quantize_columns(self._array(table).T)
-        self._constant(f"{table}.int8", np.ascontiguousarray(values.T))
-        self._constant(f"{table}.row_scale", scale[:, None])
-        self._new[output] = [
-            helper.make_node("Gather", [f"{table}.int8", ids], [f"{output}.int8"], node.name),
-            helper.make_node(
-                "Cast", [f"{output}.int8"], [f"{output}.float"], f"{node.name}/Cast", to=TensorProto.FLOAT
-            ),
-            helper.make_node("Gather", [f"{table}.row_scale", ids], [f"{output}.scale"], f"{node.name}/Scale"),
-            helper.make_node("Mul", [f"{output}.float", f"{output}.scale"], [output]),
-        ]
-
-    def finish(self) -> None:
-        nodes = [new for node in self._graph.node for new in self._new.get(node.output[0], [node])]
-        del self._graph.node[:]
-        self._graph.node.extend(nodes)
-        used = {name for node in nodes for name in node.input}
-        kept = [tensor for name, tensor in self._weights.items() if name in used]
-        del self._graph.initializer[:]
-        self._graph.initializer.extend(kept)
-
-    def _is_wide(self, name: str) -> bool:
-        shape = self._shape(name)
-        is_float = bool(shape) and self._weights[name].data_type == TensorProto.FLOAT
-        return is_float and len(shape) == 2 and min(shape) >= _MIN_COLUMNS
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._weights[name].dims) if name in self._weights else ()
-
-    def _array(self, name: str) -> npt.NDArray[np.float32]:
-        return np.asarray(numpy_helper.to_array(self._weights[name]), dtype=np.float32)
-
-    def _constant(self, name: str, value: npt.NDArray[np.generic]) -> None:
-        self._weights[name] = numpy_helper.from_array(value, name)
+    )
+    graph.output("tag", TensorProto.INT16, ["batch_size", "sequence_length"])
+    graph.output("probability", TensorProto.FLOAT, ["batch_size", "sequence_length"])
 
 
-def quantize_columns(matrix: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def quantize_columns(matrix: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     """Symmetric int8 with one scale a column: ``matrix`` [k, n] is about ``values`` [k, n] times ``scale`` [n]."""
-    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-12).astype(np.float32) / np.float32(127)
+    scale = np.maximum(np.abs(matrix).max(axis=0), _TINY).astype(np.float32) / np.float32(127)
     values = np.clip(np.rint(matrix / scale), -127, 127).astype(np.int8)
     return values, scale

@@ -8,8 +8,9 @@ windows of one padded length, computed on one thread.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -33,8 +34,17 @@ Model = Callable[[Ints, Ints], npt.NDArray[np.float32]]
 #: Padded tokens of one inference call: what stays in a core's caches, and what fills a GPU.
 BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
 
-#: Tokens whose results are remembered for windows that come again; about 10 bytes each.
-REUSE_TOKENS = 4_000_000
+#: Padded lengths are multiples of this: one on a CPU, where padding is work for nothing; on a GPU, few shapes.
+PAD_MULTIPLE = {"cpu": 1, "cuda": 8}
+
+#: Memory for the results of windows that may come again.
+REUSE_BYTES = 48 * 2**20
+
+#: What one of them takes beside its ids, as measured on clinical notes.
+_ENTRY_BYTES = 320
+
+#: A stream's first job is small, so that its first spans come soon; each is twice the one before, up to the last.
+_FIRST_JOB_CHARS, _JOB_CHARS = 1 << 14, 1 << 18
 
 _JOBS_AHEAD = 3
 
@@ -90,8 +100,9 @@ class Annotator:
         self.precision = precision
         self.session = session
         self.counts = Counts()
-        self._model = model
         self._tags = decode.tag_set(bundle.labels)
+        self._outside = int(np.flatnonzero(self._tags.type_of < 0)[0])
+        self._best = session.best if session is not None and session.gives_best else _best_of(model)
         try:
             self._tokenizer = windows.WordTokenizer(bundle.tokenizer_json())
         except Exception as exc:  # tokenizers raises nothing more special
@@ -101,6 +112,7 @@ class Annotator:
         device = "cuda" if session is not None and session.device.startswith("cuda") else "cpu"
         self.threads = options.threads or (1 if device == "cuda" else available_cpus())
         self.batch_tokens = options.batch_tokens or BATCH_TOKENS[device]
+        self._pad_multiple = PAD_MULTIPLE[device]
 
     @classmethod
     def load(cls, model: str | Path = "default", options: Options | None = None) -> Annotator:
@@ -154,7 +166,7 @@ class Annotator:
         Tokenizing, inference and decoding overlap; a few hundred thousand tokens are under way at any time, whatever
         the sizes of notes and batches. Null text gives a null list of spans, empty text an empty one.
         """
-        cache = _Reuse(REUSE_TOKENS) if self.options.reuse else None
+        cache = _Reuse(REUSE_BYTES) if self.options.reuse else None
         infer = ThreadPoolExecutor(self.threads, thread_name_prefix="medner-infer")
         plan = ThreadPoolExecutor(1, thread_name_prefix="medner-plan")
         under_way: deque[Future[_Plan]] = deque()
@@ -180,7 +192,8 @@ class Annotator:
     def _jobs(self, batches: Iterable[pa.RecordBatch], waiting: deque[_Rows]) -> Iterator[list[_Piece]]:
         """Group the pieces of the notes into jobs of about equal work; ``waiting`` gets each batch as it is read."""
         # Enough for every thread to have several batches, with windows of each length to fill them.
-        limit = max(1 << 17, 24 * self.batch_tokens * self.threads)
+        largest = max(_JOB_CHARS, 24 * self.batch_tokens * self.threads)
+        limit = _FIRST_JOB_CHARS
         job: list[_Piece] = []
         size = 0
         for batch in batches:
@@ -195,11 +208,11 @@ class Annotator:
                     size += end - start
                     if size >= limit:
                         yield job
-                        job, size = [], 0
+                        job, size, limit = [], 0, min(2 * limit, largest)
             rows.is_read = True
             if size >= limit:
                 yield job
-                job, size = [], 0
+                job, size, limit = [], 0, min(2 * limit, largest)
         if job:
             yield job
 
@@ -220,60 +233,64 @@ class Annotator:
             found = windows.pack(tokens.bounds, first, last, self._capacity, packed=self.bundle.packed)
             packed.extend(found)
             counts.append(len(found))
+        bounds = np.array([(w.start, w.end, w.own_start, w.own_end) for w in packed], dtype=np.int64).reshape(-1, 4)
 
-        results: list[_Result] = []
-        new: list[tuple[windows.Window, _Result]] = []
-        for window in packed:
-            key = tokens.ids[window.start : window.end].astype(np.int32).tobytes() if cache is not None else b""
-            result = cache.get(key) if cache is not None else None
-            if result is None:
-                result = _Result()
-                new.append((window, result))
-                if cache is not None:
-                    cache.put(key, result, window.end - window.start)
-            results.append(result)
+        known: list[tuple[int, _Result]] = []
+        kept: list[tuple[int, _Result]] = []
+        new = range(len(packed))
+        if cache is not None:
+            new, known, kept = _sort_out(tokens.ids, packed, cache)
         self.counts.inferred += len(new)
         self.counts.reused += len(packed) - len(new)
+        answers = _Answers.of(len(tokens.ids), self._outside)
+        lengths = (bounds[:, 1] - bounds[:, 0])[new]
         frame = len(self._tokenizer.prefix) + len(self._tokenizer.suffix)
-        lengths = [window.end - window.start + frame for window, _ in new]
         futures = [
-            infer.submit(self._infer, tokens.ids, [new[i] for i in batch])
-            for batch in windows.batches(lengths, self.batch_tokens)
+            infer.submit(self._infer, tokens.ids, bounds[np.asarray(new)[batch]], answers)
+            for batch in windows.batches((lengths + frame).tolist(), self.batch_tokens, self._pad_multiple)
         ]
-        return _Plan(job, tokens, np.array(starts, dtype=np.int64), piece_bounds, packed, counts, results, futures)
+        return _Plan(
+            job, tokens, np.array(starts, dtype=np.int64), piece_bounds, bounds, counts, answers, known, kept, futures
+        )
 
-    def _infer(self, ids: Ints, batch: list[tuple[windows.Window, _Result]]) -> None:
-        """Run one batch and store each window's tags and probabilities."""
+    def _infer(self, ids: Ints, bounds: Ints, answers: _Answers) -> None:
+        """Run one batch and store what each window answers for. bounds: int64 [n, 4], as in :class:`windows.Window`."""
         prefix, suffix = self._tokenizer.prefix, self._tokenizer.suffix
-        lengths = np.array([len(prefix) + w.end - w.start + len(suffix) for w, _ in batch], dtype=np.int64)
-        width = min(windows.padded_length(int(lengths[0])), self.bundle.window)
-        feed = np.full((len(batch), width), self._tokenizer.pad_id, dtype=np.int64)
-        for row, (window, _) in zip(feed, batch, strict=True):
-            end = len(prefix) + window.end - window.start
-            row[: len(prefix)] = prefix
-            row[len(prefix) : end] = ids[window.start : window.end]
-            row[end : end + len(suffix)] = suffix
-        tags, probabilities = decode.best(self._model(feed, lengths))
-        for i, (window, result) in enumerate(batch):
-            own = slice(len(prefix), len(prefix) + window.end - window.start)
-            result.tags = tags[i, own].copy()
-            result.probabilities = probabilities[i, own].copy()
+        sizes = bounds[:, 1] - bounds[:, 0]
+        lengths = sizes + len(prefix) + len(suffix)
+        width = min(windows.padded_length(int(lengths.max()), self._pad_multiple), self.bundle.window)
+        feed = np.full((len(bounds), width), self._tokenizer.pad_id, dtype=np.int64)
+        feed[:, : len(prefix)] = prefix
+        inner = np.arange(width - len(prefix) - len(suffix))
+        position = bounds[:, :1] + inner
+        is_token = inner < sizes[:, None]
+        feed[:, len(prefix) : len(prefix) + len(inner)][is_token] = ids[position[is_token]]
+        for i, token in enumerate(suffix):
+            feed[np.arange(len(bounds)), len(prefix) + sizes + i] = token
+        tags, probabilities = self._best(feed, lengths)
+        own = (position >= bounds[:, 2:3]) & (position < bounds[:, 3:4])
+        answers.tags[position[own]] = tags[:, len(prefix) : len(prefix) + len(inner)][own]
+        answers.probabilities[position[own]] = probabilities[:, len(prefix) : len(prefix) + len(inner)][own]
+        answers.add(int((bounds[:, 3] - bounds[:, 2]).sum()))
 
     def _finish(self, plan: _Plan) -> None:
         """Wait for a job's results and decode them into the rows that they belong to."""
         for future in plan.futures:
             future.result()
-        tokens = plan.tokens
-        tags = np.concatenate(
-            [r.tags[w.own_start - w.start : w.own_end - w.start] for w, r in plan.windows()] or [np.zeros(0, np.int16)]
-        )
-        probabilities = np.concatenate(
-            [r.probabilities[w.own_start - w.start : w.own_end - w.start] for w, r in plan.windows()]
-            or [np.zeros(0, np.float32)]
-        )
-        if len(tags) != len(tokens.ids):
+        tokens, answers = plan.tokens, plan.answers
+        inside = np.concatenate([[0], np.cumsum(self._tags.type_of[answers.tags] >= 0)])
+        for number, result in plan.kept:
+            start, end = plan.bounds[number, :2]
+            if inside[end] > inside[start]:
+                result.keep(answers.tags[start:end], answers.probabilities[start:end])
+        for number, result in plan.known:
+            start, end = plan.bounds[number, :2]
+            answers.add(int(end - start))
+            if result.tags is not None:
+                answers.tags[start:end], answers.probabilities[start:end] = result.tags, result.probabilities
+        if answers.count != len(tokens.ids):
             raise AssertionError("windows do not cover the tokens")  # pragma: no cover
-        found = self._decode(plan, tags, probabilities)
+        found = self._decode(plan, answers.tags, answers.probabilities)
         unknown = np.concatenate([[0], np.cumsum(tokens.ids == self._tokenizer.unknown_id)])
         token_edges = tokens.bounds[plan.piece_bounds]
         span_edges = np.searchsorted(found.segment, plan.piece_bounds)
@@ -315,11 +332,34 @@ class Annotator:
 
 
 @dataclass(slots=True)
-class _Result:
-    """A window's tags int16 [n] and probabilities float32 [n], filled in by the thread that infers it."""
+class _Answers:
+    """The model's answers for a job's tokens: tags int16 [n], probabilities float32 [n]; count: tokens answered for."""
 
-    tags: npt.NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, np.int16))
-    probabilities: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    tags: npt.NDArray[np.int16]
+    probabilities: npt.NDArray[np.float32]
+    count: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, n: int, outside: int) -> _Answers:
+        return cls(np.full(n, outside, np.int16), np.zeros(n, np.float32))
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.count += count
+
+
+class _Result:
+    """A window's answer, to be used again. Most windows hold no mention: for them nothing needs to be kept."""
+
+    __slots__ = ("probabilities", "tags")
+
+    def __init__(self) -> None:
+        self.tags: npt.NDArray[np.int16] | None = None
+        self.probabilities: npt.NDArray[np.float32] | None = None
+
+    def keep(self, tags: npt.NDArray[np.int16], probabilities: npt.NDArray[np.float32]) -> None:
+        self.tags, self.probabilities = tags.copy(), probabilities.copy()
 
 
 class _Reuse:
@@ -328,20 +368,45 @@ class _Reuse:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._size = 0
-        self._results: OrderedDict[bytes, tuple[_Result, int]] = OrderedDict()
+        self._results: OrderedDict[bytes, _Result] = OrderedDict()
 
     def get(self, key: bytes) -> _Result | None:
-        if key not in self._results:
-            return None
-        self._results.move_to_end(key)
-        return self._results[key][0]
+        result = self._results.get(key)
+        if result is not None:
+            self._results.move_to_end(key)
+        return result
 
-    def put(self, key: bytes, result: _Result, size: int) -> None:
-        self._results[key] = result, size
-        self._size += size
+    def put(self, key: bytes) -> _Result:
+        """Remember a window; its result is filled in when the job that infers it is done."""
+        result = self._results[key] = _Result()
+        self._size += _ENTRY_BYTES + len(key)
         while self._size > self._limit:
-            _, (_, freed) = self._results.popitem(last=False)
-            self._size -= freed
+            freed, _ = self._results.popitem(last=False)
+            self._size -= _ENTRY_BYTES + len(freed)
+        return result
+
+
+def _sort_out(
+    ids: Ints, packed: Sequence[windows.Window], cache: _Reuse
+) -> tuple[list[int], list[tuple[int, _Result]], list[tuple[int, _Result]]]:
+    """Windows to infer, windows whose result is known, and of the first those that others will use; by number."""
+    raw = ids.astype(np.int32).tobytes()
+    new: list[int] = []
+    known: list[tuple[int, _Result]] = []
+    kept: list[tuple[int, _Result]] = []
+    for number, window in enumerate(packed):
+        if (window.own_start, window.own_end) != (window.start, window.end):
+            # A piece of a segment too long for one window: it answers for a part of its tokens only.
+            new.append(number)
+            continue
+        key = raw[4 * window.start : 4 * window.end]
+        result = cache.get(key)
+        if result is None:
+            new.append(number)
+            kept.append((number, cache.put(key)))
+        else:
+            known.append((number, result))
+    return new, known, kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,19 +421,22 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A job under way. segment_starts: code point in its note, int64 [n_segments]; results: one for each window."""
+    """A job under way.
+
+    segment_starts: code point in its note, int64 [n_segments]; bounds: of the windows, int64 [n_windows, 4], as in
+    :class:`windows.Window`; known: windows whose answer is another's; kept: windows whose answer others may need.
+    """
 
     job: list[_Piece]
     tokens: windows.Tokens
     segment_starts: Ints
     piece_bounds: list[int]
-    packed: list[windows.Window]
+    bounds: Ints
     window_counts: list[int]
-    results: list[_Result]
+    answers: _Answers
+    known: list[tuple[int, _Result]]
+    kept: list[tuple[int, _Result]]
     futures: list[Future[None]]
-
-    def windows(self) -> Iterator[tuple[windows.Window, _Result]]:
-        return zip(self.packed, self.results, strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,6 +509,10 @@ class _Rows:
         return pa.ListArray.from_arrays(
             pa.array(bounds, pa.int32()), structs, type=schema.SPANS, mask=pa.array(self._is_null)
         )
+
+
+def _best_of(model: Model) -> Callable[[Ints, Ints], tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]]:
+    return lambda ids, lengths: decode.best(model(ids, lengths))
 
 
 _COUNTS = [name for name in schema.ANNOTATION.names if name.startswith("n_")]

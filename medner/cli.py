@@ -231,6 +231,34 @@ def evaluate(model: str, data: str, split: str, wrap: int | None, target: Path |
 
 
 @cli.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, metavar="DIR", help="PyTorch model.")
+@click.option("--bundle", required=True, metavar="DIR", help="Bundle that was exported from it.")
+@click.option("--notes", required=True, metavar="FILE", help="Your notes, or labelled documents, which give F1, too.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New directory.")
+@click.option("--split", default="devel", show_default=True, help="Of labelled data that has splits.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=200, show_default=True, help="Notes used, evenly over the file."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns of each engine.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an engine.  [default: the CPUs there are]")
+@click.option("--text-column", default="text", show_default=True, help="Column or field that holds the notes.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier comparison.")
+def compare(**given: Any) -> None:
+    """Compare a PyTorch checkpoint with its ONNX bundle on your notes.
+
+    Parity first, then latency, throughput, load time, memory and file size of PyTorch and of every variant. Writes
+    compare.json, compare.md and compare.png. No speed-up is given for a variant that fails parity (exit code 1).
+    """
+    from medner import compare as comparing
+    from medner import comparison
+
+    result = comparing.compare(comparing.CompareOptions(**given))
+    _print(comparison.text(result))
+    comparing.check_parity(result)
+
+
+@cli.command()
 @click.argument("model", default="default", metavar="[BUNDLE]")
 def info(model: str) -> None:
     """Show what a bundle holds, and check every file's hash."""

@@ -21,7 +21,7 @@ def open_model(model: str, options: Options | None = None) -> Annotator:
     path = Path(model)
     weights = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
     if any((path / name).is_file() for name in weights) and not any(path.glob("**/*.onnx")):
-        from medner.compare import torch_annotator
+        from medner.pytorch import torch_annotator
 
         return torch_annotator(path, options)
     return Annotator.load(model, options)

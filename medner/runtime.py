@@ -73,7 +73,7 @@ class Session:
                 f"--device {self.device}: onnxruntime fell back to {self.provider}; "
                 "check the CUDA and cuDNN libraries, or use --device cpu"
             )
-        self._inputs = {node.name for node in self._session.get_inputs()}
+        self._inputs = _input_names(self._session)
         unknown = self._inputs - {"input_ids", "attention_mask", "token_type_ids"}
         outputs = {node.name: node for node in self._session.get_outputs()}
         if unknown or "input_ids" not in self._inputs or "logits" not in outputs:
@@ -81,6 +81,8 @@ class Session:
                 f"{graph}: not a token classifier: inputs {', '.join(sorted(self._inputs))}, "
                 f"outputs {', '.join(outputs)}; expected input_ids, attention_mask and logits"
             )
+        #: Whether the graph itself names each token's likeliest class, so that :meth:`best` may be called.
+        self.gives_best = {"tag", "probability"} <= set(outputs)
         last = outputs["logits"].shape[-1]
         self.n_labels: int | None = last if isinstance(last, int) else None
 
@@ -90,16 +92,24 @@ class Session:
         ids: int64 [n_windows, length], padded on the right; lengths: int64 [n_windows], tokens before the padding.
         Returns float32 [n_windows, length, n_labels]; what stands at padding is undefined.
         """
-        feeds = {"input_ids": ids}
-        if "attention_mask" in self._inputs:
-            feeds["attention_mask"] = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-        if "token_type_ids" in self._inputs:
-            feeds["token_type_ids"] = np.zeros_like(ids)
+        (logits,) = self._run(["logits"], ids, lengths)
+        return np.asarray(logits, dtype=np.float32)
+
+    def best(
+        self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]:
+        """The likeliest class of each token and its probability, computed in the graph; arguments as for a call.
+
+        Returns int16 [n_windows, length] and float32 [n_windows, length]; what stands at padding is undefined.
+        """
+        tags, probabilities = self._run(["tag", "probability"], ids, lengths)
+        return np.asarray(tags, dtype=np.int16), np.asarray(probabilities, dtype=np.float32)
+
+    def _run(self, outputs: list[str], ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> list[Any]:
         try:
-            (logits,) = self._session.run(["logits"], feeds)
+            return list(self._session.run(outputs, _feeds(self._inputs, ids, lengths)))
         except Exception as exc:  # as above
             raise ModelError(f"onnxruntime failed on a batch of {ids.shape}: {_reason(exc)}") from exc
-        return np.asarray(logits, dtype=np.float32)
 
 
 def _reason(exc: Exception) -> str:
@@ -111,13 +121,33 @@ def activations(
 ) -> Iterator[list[npt.NDArray[np.float32]]]:
     """Inner values of a graph that has them as outputs, for one window at a time, on the CPU.
 
-    samples: int64 [length] each. Yields for each sample the values of ``names``, float32 [1, length, channels].
+    samples: int64 [length] each. Yields for each sample the values of ``names``, float32 with all axes of the graph's.
     """
     session = _onnxruntime().InferenceSession(graph, providers=["CPUExecutionProvider"])
-    wanted = {node.name for node in session.get_inputs()}
     for ids in samples:
-        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        yield session.run(list(names), {name: value[None] for name, value in feeds.items() if name in wanted})
+        yield session.run(list(names), _feeds(_input_names(session), ids[None], np.array([len(ids)])))
+
+
+def logits(graph: bytes, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Logits of one batch by a serialized graph, on the CPU; see :meth:`Session.__call__`."""
+    session = _onnxruntime().InferenceSession(graph, providers=["CPUExecutionProvider"])
+    (values,) = session.run(["logits"], _feeds(_input_names(session), ids, lengths))
+    return np.asarray(values, dtype=np.float32)
+
+
+def _input_names(session: Any) -> set[str]:
+    return {node.name for node in session.get_inputs()}
+
+
+def _feeds(
+    wanted: set[str], ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[np.int64]]:
+    feeds = {"input_ids": ids}
+    if "attention_mask" in wanted:
+        feeds["attention_mask"] = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    if "token_type_ids" in wanted:
+        feeds["token_type_ids"] = np.zeros_like(ids)
+    return feeds
 
 
 def resolve_device(device: str) -> str:

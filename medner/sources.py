@@ -38,6 +38,7 @@ Kind: TypeAlias = Literal["jsonl", "parquet", "csv", "text"]
 Compression: TypeAlias = Literal["gz", "zst", "bz2"]
 
 BATCH_ROWS = 1_000
+_FIRST_ROWS = 8
 #: UTF-8 bytes of text in a batch, unless a single note is larger.
 BATCH_BYTES = 4 * 2**20
 #: JSONL objects among which a column must show up.
@@ -423,13 +424,17 @@ def _check_options(options: ReadOptions) -> None:
 
 
 def _groups(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
-    """Cut rows into lists bounded in rows and in bytes of text; a single larger note stands alone."""
+    """Cut rows into lists bounded in rows and in bytes of text; a single larger note stands alone.
+
+    The first lists are short, so that the first spans of a stream come soon.
+    """
     held: list[_Row] = []
     size = 0
+    limit = min(_FIRST_ROWS, BATCH_ROWS)
     for row in rows:
-        if held and (len(held) == BATCH_ROWS or size + row[6] > BATCH_BYTES):
+        if held and (len(held) == limit or size + row[6] > BATCH_BYTES):
             yield held
-            held, size = [], 0
+            held, size, limit = [], 0, min(2 * limit, BATCH_ROWS)
         held.append(row)
         size += row[6]
     if held:

@@ -29,9 +29,6 @@ Bools = npt.NDArray[np.bool_]
 #: A note is worked through in pieces of at most this many code points, so that memory stays bounded.
 PIECE_CHARS = 1 << 18
 
-#: Windows are padded to a multiple of this many tokens; a window's padded length depends on the window alone.
-PAD_MULTIPLE = 8
-
 _LINE_BREAK = re.compile(r"\r\n|\n|\r")
 _LIST_ITEM = re.compile(r"[ \t]*(?:[-*+•·▪◦●○■□‣–][ \t]|\(?(?:\d{1,2}|[A-Za-z])[.)][ \t])")
 _LABELLED = re.compile(r"[ \t]*[A-Z][\w&/()' -]{0,48}:(?:\s|$)")
@@ -215,20 +212,28 @@ class WordTokenizer:
     ) -> tuple[Ints, Ints, dict[int, Ints]]:
         # On plain ASCII a BERT tokenizer's own words are the basic tokenizer's: no offsets need to be fetched.
         general = [i for i, text in enumerate(texts) if not (self._is_bert and text.isascii())]
-        first_tokens: list[Ints] = []
         word_chars: dict[int, Ints] = {}
         words = self._words.encode_batch([texts[i] for i in general], add_special_tokens=False)
-        by_segment = dict(zip(general, words, strict=True))
-        for segment, encoding in enumerate(encodings):
-            if segment in by_segment:
-                chars, first = _words_and_tokens(by_segment[segment].offsets, encoding.offsets)
-                word_chars[segment] = chars
+        starts_word = np.zeros(int(bounds[-1]), dtype=np.bool_)
+        if len(general) < len(texts):
+            owners = np.full(int(bounds[-1]), -1, dtype=np.int64)
+            if general:
+                for segment in sorted(set(range(len(texts))).difference(general)):
+                    owners[bounds[segment] : bounds[segment + 1]] = encodings[segment].word_ids
             else:
-                owners = np.array(encoding.word_ids, dtype=np.int64)
-                first = np.flatnonzero(np.diff(owners, prepend=-1))
-            first_tokens.append(first + bounds[segment])
-        word_token = np.concatenate(first_tokens) if first_tokens else np.zeros(0, np.int64)
-        return word_token, _bounds(len(first) for first in first_tokens), word_chars
+                owners[:] = np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int64, len(owners))
+            starts_word[1:] = owners[1:] != owners[:-1]
+            starts_word[bounds[:-1][bounds[:-1] < len(owners)]] = True
+        # A token may begin several words there, or none.
+        general_tokens: list[Ints] = []
+        for segment, encoding in zip(general, words, strict=True):
+            chars, first = _words_and_tokens(encoding.offsets, encodings[segment].offsets)
+            word_chars[segment] = chars
+            starts_word[bounds[segment] : bounds[segment + 1]] = False
+            general_tokens.append(first + bounds[segment])
+        word_token = np.concatenate([np.flatnonzero(starts_word), *general_tokens])
+        word_token.sort(kind="stable")
+        return word_token, np.searchsorted(word_token, bounds), word_chars
 
 
 def _words_and_tokens(words: list[tuple[int, int]], tokens: list[tuple[int, int]]) -> tuple[Ints, Ints]:
@@ -349,22 +354,24 @@ def _overlapping(low: int, high: int, capacity: int) -> Iterator[Window]:
         yield Window(start, start + capacity, own_start, own_end)
 
 
-def padded_length(length: int) -> int:
-    """Tokens that a window of ``length`` tokens, specials included, takes in a batch."""
-    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+def padded_length(length: int, multiple: int = 8) -> int:
+    """Tokens that a window of ``length`` tokens, specials included, takes in a batch: the next multiple."""
+    return -(-length // multiple) * multiple
 
 
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], budget: int, multiple: int = 8) -> Iterator[list[int]]:
     """Group windows of equal padded length into batches of at most ``budget`` padded tokens (at least one window).
 
-    lengths: tokens of each window, specials included. Yields indices into it, longest windows first. A batch holds one
-    padded length only, so a window's result cannot depend on its neighbours' lengths.
+    lengths: tokens of each window, specials included; multiple: see :func:`padded_length`. Yields indices into lengths,
+    longest windows first. A batch holds one padded length only, so a window's result cannot depend on its neighbours'
+    lengths.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-padded_length(lengths[i]), i))
+    padded = [padded_length(length, multiple) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: (-padded[i], i))
     batch: list[int] = []
     for index in order:
-        length = padded_length(lengths[index])
-        if batch and (padded_length(lengths[batch[0]]) != length or (len(batch) + 1) * length > budget):
+        length = padded[index]
+        if batch and (padded[batch[0]] != length or (len(batch) + 1) * length > budget):
             yield batch
             batch = []
         batch.append(index)

@@ -25,11 +25,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 import medner  # noqa: E402
 from medner import bundle as bundles  # noqa: E402
-from medner import runtime, testing  # noqa: E402
+from medner import parity, runtime, testing  # noqa: E402
 from medner.annotate import Annotator, Options  # noqa: E402
-from medner.compare import TorchModel, torch_annotator  # noqa: E402
 from medner.datasets import Document  # noqa: E402
 from medner.errors import CheckFailed, InputError, ModelError, OutputError, UsageError  # noqa: E402
+from medner.pytorch import TorchModel, torch_annotator  # noqa: E402
 from medner.runtime import Session  # noqa: E402
 
 MENTIONS = ("breast cancer", "asthma", "type 2 diabetes", "heart failure", "fever", "gouty arthritis", "pain")
@@ -398,10 +398,10 @@ def with_bias(checkpoint: Path, path: Path, change: Any) -> Path:
     return path
 
 
-def gate(checkpoint: Path, notes: Path, graph: Path) -> tuple[verify.VariantParity, verify.Report]:
+def gate(checkpoint: Path, notes: Path, graph: Path) -> tuple[parity.VariantParity, parity.Report]:
     """The gate's answer for an fp32 graph in windows of 64 tokens."""
     described = bundles.load_checkpoint(checkpoint, 64)
-    asked = verify.Gate(described, TorchModel(checkpoint), verify.read_parity_data(str(notes)))
+    asked = parity.Gate(described, TorchModel(checkpoint), parity.read_parity_data(str(notes)))
     return asked.check("fp32", graph), asked.report
 
 
@@ -455,14 +455,14 @@ def test_plain_notes_are_held_to_agreement(checkpoint: Path, exported: tuple[Pat
     rng = random.Random(9)
     path = tmp_path / "plain.jsonl"
     path.write_text("".join(json.dumps({"text": document(rng, 4).text}) + "\n" for _ in range(12)))
-    plain = verify.read_parity_data(str(path))
-    asked = verify.Gate(bundles.load_checkpoint(checkpoint, 64), TorchModel(checkpoint), plain)
+    plain = parity.read_parity_data(str(path))
+    asked = parity.Gate(bundles.load_checkpoint(checkpoint, 64), TorchModel(checkpoint), plain)
     asked.check("fp32", exported[0] / "onnx/model.onnx")
     good = asked.check("int8", exported[0] / "onnx/model_int8.onnx")
     assert (good.f1, good.reference_f1, good.agreement, good.passed) == (None, None, 1.0, True)
     dull = shutil.copyfile(exported[0] / "onnx/model_int8.onnx", tmp_path / "dull.onnx")
     change_graph(dull, "classifier.bias", lambda bias: bias + np.array([100, 0, 0], np.float32))
-    assert asked.check("int8", dull) == verify.VariantParity(0, 0.0, None, None, False)
+    assert asked.check("int8", dull) == parity.VariantParity(0, 0.0, None, None, False)
     assert str(verify.failure("int8", asked.report)) == (
         "parity gate: the int8 variant failed on plain.jsonl and was not written: 0.00% of spans equal PyTorch's"
     )
@@ -566,7 +566,7 @@ def test_labelled_parity_data(tmp_path: Path) -> None:
     jsonl(tmp_path / "c.jsonl", [Document("", "asthma", ((0, 6, "Disease"),))])
     expected = {"a.tsv": "Asthma .", "b.txt": "Asthma in adults . No fever .", "c.jsonl": "asthma"}
     for name, text in expected.items():
-        data = verify.read_parity_data(str(tmp_path / name))
+        data = parity.read_parity_data(str(tmp_path / name))
         (only,) = data.documents
         assert (data.name, data.labelled, only.text, only.spans) == (name, True, text, ((0, 6, "Disease"),))
 
@@ -575,8 +575,8 @@ def test_a_directory_of_splits(tmp_path: Path) -> None:
     """Of a data set the split asked for is read."""
     (tmp_path / "devel.tsv").write_text("Asthma\tB-Disease\n")
     (tmp_path / "test.tsv").write_text("Fever\tB-Disease\n")
-    assert [d.text for d in verify.read_parity_data(str(tmp_path)).documents] == ["Asthma"]
-    assert [d.text for d in verify.read_parity_data(str(tmp_path), "test").documents] == ["Fever"]
+    assert [d.text for d in parity.read_parity_data(str(tmp_path)).documents] == ["Asthma"]
+    assert [d.text for d in parity.read_parity_data(str(tmp_path), "test").documents] == ["Fever"]
 
 
 def test_plain_parity_data(tmp_path: Path) -> None:
@@ -586,7 +586,7 @@ def test_plain_parity_data(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("id, x,text\n1, y,has asthma\n2, z,no fever\n")
     pq.write_table(pa.table({"text": ["has asthma", None, "no fever"]}), tmp_path / "c.parquet")
     for name in ("a.jsonl", "b.csv", "c.parquet"):
-        data = verify.read_parity_data(str(tmp_path / name))
+        data = parity.read_parity_data(str(tmp_path / name))
         assert (data.name, data.labelled, [d.text for d in data.documents]) == (name, False, ["has asthma", "no fever"])
 
 
@@ -601,7 +601,7 @@ def test_unusable_parity_data(tmp_path: Path) -> None:
     said = []
     for name in ("none.tsv", "empty.csv", "other.csv", "broken.jsonl"):
         with pytest.raises(InputError) as failure:
-            verify.read_parity_data(str(tmp_path / name))
+            parity.read_parity_data(str(tmp_path / name))
         said.append(str(failure.value))
     assert said == [
         f"{tmp_path}/none.tsv: no such file or directory",
@@ -642,9 +642,9 @@ def fevers(sentences: int, asthmas: int) -> Document:
     return Document("long", text.rstrip(), spans)
 
 
-def data(*documents: Document) -> verify.ParityData:
+def data(*documents: Document) -> parity.ParityData:
     """Labelled data."""
-    return verify.ParityData("devel.txt", list(documents), True)
+    return parity.ParityData("devel.txt", list(documents), True)
 
 
 def f1(gold: int, missed: int) -> float:
@@ -704,7 +704,7 @@ def test_windows_beyond_the_limit_are_skipped(tmp_path: Path) -> None:
 
 def test_the_window_needs_labelled_documents() -> None:
     """Neither plain notes nor single sentences can choose a window."""
-    plain = verify.ParityData("notes.csv", [Document("0", "fever", ())], False)
+    plain = parity.ParityData("notes.csv", [Document("0", "fever", ())], False)
     with pytest.raises(InputError) as failure:
         verify.choose_window(bundles.load("tiny"), Fake(512), plain)
     assert str(failure.value) == "--window auto needs labelled documents; notes.csv holds none: pass --window N"

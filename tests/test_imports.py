@@ -27,14 +27,14 @@ ALLOWED = {
     "": {"annotate", "schema"},
 }
 #: Nothing that serves an annotation run may import these.
-ON_TOP = {"train", "compare", "evaluate", "cli"}
+ON_TOP = {"train", "pytorch", "parity", "engines", "compare", "comparison", "evaluate", "cli"}
 BELOW = [*ALLOWED, "run"]
 
 #: Packages that only some modules may import.
 DOORS = {
     "onnxruntime": {"runtime"},
     "click": {"cli"},
-    **{heavy: {"train", "datasets", "compare", "export"} for heavy in ["torch", "transformers", "datasets"]},
+    **{heavy: {"train", "datasets", "pytorch", "export"} for heavy in ["torch", "transformers", "datasets"]},
     **{heavy: {"export"} for heavy in ["onnx", "optimum"]},
     "pandas": set[str](),
 }
@@ -159,4 +159,4 @@ def test_help_is_light(tmp_path: Path) -> None:
         [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
     assert shown.startswith("Usage: medner [OPTIONS] COMMAND [ARGS]...")
-    assert {"annotate", "train", "export", "evaluate", "info"} <= set(shown.split())
+    assert {"annotate", "train", "export", "evaluate", "compare", "info"} <= set(shown.split())
