@@ -102,7 +102,17 @@ def matrices(bundle: bundles.Bundle) -> Matrices:
     _, path = bundle.variant("int8", "cpu")
     config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
     graph = onnx.load(str(path)).graph
-    return Matrices(*_constant_products(graph), int(config["num_hidden_layers"]), int(config["hidden_size"]))
+    int8, fp32 = _constant_products(graph)
+    return Matrices(_own(int8, config), fp32, int(config["num_hidden_layers"]), int(config["hidden_size"]))
+
+
+def _own(products: Counter[Shape], config: Mapping[str, Any]) -> Counter[Shape]:
+    """The model's own shapes: without the columns that the int8 graph adds for outliers."""
+    sizes = [config[name] for name in ("hidden_size", "intermediate_size") if name in config]
+    own: Counter[Shape] = Counter()
+    for (k, n), count in products.items():
+        own[max((size for size in sizes if size <= k), default=k), n] += count
+    return own
 
 
 def _constant_products(graph: onnx.GraphProto) -> tuple[Counter[Shape], Counter[Shape]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -76,7 +77,7 @@ def export(options: ExportOptions) -> str:
         if "int8" in graphs:
             samples = verify.samples(checkpoint, data)
             # Fixed scales are faster; where they cost this model too much, every row gets its own.
-            for gate.report.int8_scales, static_bits in (("fixed", optimize.STATIC_BITS), ("a row's own", -1.0)):
+            for gate.report.int8_scales, static_bits in (("fixed", optimize.STATIC_BITS), ("a row's own", -math.inf)):
                 optimize.to_int8(graphs["fp32"], graphs["int8"], samples, static_bits)
                 if gate.check("int8", graphs["int8"]).passed:
                     break

@@ -1,4 +1,4 @@
-"""Models that several test files share: the tiny bundle, and a small random BERT with attention and int8."""
+"""Models that several test files share: the tiny bundle, and a small random BERT in fp32 and in both forms of int8."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from medner import Annotator, testing
@@ -41,7 +42,9 @@ def tiny_parts() -> dict[str, bytes]:
 def small_bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A bundle of a random BERT, fp32 and int8: hidden 64, 2 layers, 2 heads, windows of 40, the tiny vocabulary.
 
-    Its weights are large, so that tags change from word to word and a result that depended on the batch would show.
+    Its weights are large, so that tags change from word to word and a result that depended on the batch would show. Of
+    its first token one channel is far out, as in trained models. Every int8 scale is a row's own. Its checkpoint stands
+    beside it.
     """
     torch = pytest.importorskip("torch", reason="the small BERT is made with torch")
     transformers = pytest.importorskip("transformers", reason="the small BERT is made with transformers")
@@ -60,9 +63,11 @@ def small_bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        transformers.BertForTokenClassification(config).save_pretrained(path / "checkpoint")
+        model = transformers.BertForTokenClassification(config)
+        model.bert.embeddings.position_embeddings.weight[0, 5] = -40
+        model.save_pretrained(path / "checkpoint")
     bundle = path / "bundle"
     fp32, int8 = bundle / bundles.VARIANT_FILES["fp32"], bundle / bundles.VARIANT_FILES["int8"]
     convert.to_onnx(path / "checkpoint", fp32)
@@ -72,3 +77,17 @@ def small_bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     bundles.write_manifest(bundle, name="small", labels=LABELS, window=40, packed=True, card={})
     yield bundle
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def small_bert_static(small_bert: Path) -> Path:
+    """The same with one int8 scale for all text: an activation of both kinds has further columns for its outliers."""
+    from medner.export import optimize
+
+    bundle = shutil.copytree(small_bert, small_bert.parent / "static")
+    rng = np.random.default_rng(0)
+    samples = [np.array([2, *rng.integers(4, 117, size), 3]) for size in range(10, 38)]
+    done = optimize.to_int8(small_bert / bundles.VARIANT_FILES["fp32"], bundle / bundles.VARIANT_FILES["int8"], samples)
+    assert (done.static, done.lanes > 0) == (done.activations, True)
+    bundles.write_manifest(bundle, name="static", labels=LABELS, window=40, packed=True, card={})
+    return bundle

@@ -10,6 +10,7 @@ import multiprocessing
 import pickle
 import random
 import threading
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
@@ -23,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from medner import Annotator, Options, Span, bundle, load, runtime, schema, testing, windows
+from medner import Annotator, Options, Span, annotate, load, schema, testing, windows
 from medner.errors import InputError, ModelError
 
 #: The tiny bundle's mention words in the order that decides their logits.
@@ -338,8 +339,48 @@ def test_a_batch_comes_out_when_it_is_done() -> None:
     assert len(list(stream)) == 399
 
 
-def test_the_model_sees_every_token_once(tiny: Annotator) -> None:
-    """Batches of one width, framed by [CLS] and [SEP], padded with [PAD], in the budget; together the whole notes."""
+def test_first_spans_come_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first job is small and each is twice the one before, up to a limit; so few notes are read before spans come.
+
+    Four jobs are under way when the first one is waited for: 15 times the first job's characters.
+    """
+    note = "x fever y " * 100
+    read = 0
+    sizes: list[int] = []
+    plan = Annotator._plan
+
+    def counted() -> Iterator[pa.RecordBatch]:
+        nonlocal read
+        for _ in range(400):
+            read += 1
+            yield as_batch([note])
+
+    def recorded(self: Annotator, job: Any, *rest: Any) -> Any:
+        sizes.append(len(job))
+        return plan(self, job, *rest)
+
+    monkeypatch.setattr(Annotator, "_plan", recorded)
+    monkeypatch.setattr(annotate, "_JOB_CHARS", 1 << 16)
+    annotator = testing.annotator(Options(threads=1, batch_tokens=64))
+    stream = annotator.stream(counted())
+    assert next(stream).column("n_spans").to_pylist() == [100]
+    # A row counts with 16 characters beside its 1,000.
+    first = -(-annotate._FIRST_JOB_CHARS // 1016)
+    assert first == 17
+    assert read == 17 + 33 + 65 + 65
+    assert len(list(stream)) == 399
+    assert sizes[:5] == [17, 33, 65, 65, 65]
+    assert sum(sizes) == 400
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_the_model_sees_every_token_once(tiny: Annotator, monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
+    """Batches of one width, framed by [CLS] and [SEP], in the budget; together the whole notes.
+
+    On a CPU no window is padded; where lengths are padded to multiples of 8, it is with [PAD].
+    """
+    assert annotate.PAD_MULTIPLE == {"cpu": 1, "cuda": 8}
+    monkeypatch.setitem(annotate.PAD_MULTIPLE, "cpu", multiple)
     fed: list[tuple[windows.Ints, windows.Ints]] = []
     lock = threading.Lock()
 
@@ -357,7 +398,7 @@ def test_the_model_sees_every_token_once(tiny: Annotator) -> None:
         assert ids.shape[1] <= 32
         assert ids.size <= 128 or len(ids) == 1
         for row, length in zip(ids.tolist(), lengths.tolist(), strict=True):
-            assert len(row) == min(32, -(-length // 8) * 8)
+            assert len(row) == (length if multiple == 1 else min(32, -(-length // 8) * 8))
             assert (row[0], row[length - 1], set(row[length:]) <= {0}) == (2, 3, True)
             seen.append(tuple(row[1 : length - 1]))
     assert len(seen) == sum(made.column("n_windows").to_pylist()) == annotator.counts.inferred
@@ -398,14 +439,106 @@ def test_equal_windows_are_inferred_once() -> None:
     assert (off.counts.inferred, off.counts.reused) == (4, 0)
 
 
+def small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every piece of text a job of its own."""
+    monkeypatch.setattr(annotate, "_FIRST_JOB_CHARS", 1)
+    monkeypatch.setattr(annotate, "_JOB_CHARS", 1)
+
+
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[annotate._Reuse]:
+    """The memories of the streams that a test runs."""
+    made: list[annotate._Reuse] = []
+
+    class Seen(annotate._Reuse):
+        def __init__(self, limit: int) -> None:
+            super().__init__(limit)
+            made.append(self)
+
+    monkeypatch.setattr(annotate, "_Reuse", Seen)
+    return made
+
+
+def counting(tiny: Annotator, options: Options) -> tuple[Annotator, list[int]]:
+    """An annotator of the tiny bundle, and the number of windows in each batch that its model gets."""
+    fed: list[int] = []
+
+    def model(ids: windows.Ints, lengths: windows.Ints) -> Any:
+        fed.append(len(ids))
+        assert tiny.session is not None
+        return tiny.session(ids, lengths)
+
+    return Annotator(tiny.bundle, model, options, precision="fp32"), fed
+
+
+@pytest.mark.parametrize("one_job", [True, False])
+def test_what_the_model_does_not_see_again(tiny: Annotator, monkeypatch: pytest.MonkeyPatch, one_job: bool) -> None:
+    """Inside one job and over many, the model gets each different window once, and every note has its spans."""
+    if not one_job:
+        small_jobs(monkeypatch)
+    annotator, fed = counting(tiny, Options(threads=2))
+    notes = ["Known asthma.", "x y", "type 2 diabetes", "x y"] * 20
+    assert rows(annotator, [as_batch(notes)]) == [row for note in notes for row in rows(tiny, [as_batch([note])])]
+    assert (annotator.counts.inferred, annotator.counts.reused, sum(fed)) == (3, 77, 3)
+
+
+def test_windows_without_mentions_keep_nothing(tiny: Annotator, caches: list[annotate._Reuse]) -> None:
+    """A window is remembered with its tags and probabilities where it has a mention, and with nothing else."""
+    notes = ["asthma", "x y", "x fever b", "x y", "b d q x", "asthma"]
+    assert [len(row or []) for row in rows(tiny, [as_batch(notes)])] == [1, 0, 1, 0, 0, 1]
+    (cache,) = caches
+    kept = {len(key) // 4: (result.tags, result.probabilities) for key, result in cache._results.items()}
+    assert sorted(kept) == [1, 2, 3, 4]
+    assert kept[2] == kept[4] == (None, None)
+    for size, expected in ((1, [1]), (3, [0, 1, 0])):
+        tags, probabilities = kept[size]
+        assert tags is not None
+        assert probabilities is not None
+        assert tags.tolist() == expected
+        assert probabilities[expected.index(1)] == pytest.approx(score("asthma" if size == 1 else "fever"), abs=1e-6)
+
+
+def test_overlapping_windows_are_reused(tiny: Annotator) -> None:
+    """A window that answers for a part of its tokens is reused where the same segment comes again: seven and one new."""
+    long = "x heart failure y " * 40
+    notes = [long, "fever", long, "fever", long]
+    annotator, fed = counting(tiny, Options(threads=1))
+    made = annotator(as_batch(notes))
+    assert made.column("spans").to_pylist() == [row for note in notes for row in rows(tiny, [as_batch([note])])]
+    assert made.column("n_spans").to_pylist() == [40, 1, 40, 1, 40]
+    assert made.column("n_windows").to_pylist() == [7, 1, 7, 1, 7]
+    assert (annotator.counts.inferred, annotator.counts.reused, sum(fed)) == (8, 15, 8)
+
+
 def test_reuse_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory is bounded; a window that was forgotten is inferred again with the same result."""
-    monkeypatch.setattr("medner.annotate.REUSE_TOKENS", 8)
+    monkeypatch.setattr(annotate, "REUSE_BYTES", 232)
+    monkeypatch.setattr(annotate, "_ENTRY_BYTES", 100)
     annotator = testing.annotator()
-    notes = ["asthma", "x fever", "asthma", "a b c d e", "asthma", "q r s t", "asthma"]
-    assert [len(row or []) for row in rows(annotator, [as_batch(notes)])] == [1, 1, 1, 0, 1, 0, 1]
-    # Sizes: asthma 1, x fever 2, a b c d e 5, q r s t 4. asthma was used before q r s t came, so it stays.
-    assert (annotator.counts.inferred, annotator.counts.reused) == (4, 3)
+    # With 4 bytes for a token, two windows fit, of at most eight tokens together.
+    notes = ["asthma", "x fever", "asthma", "a b c d e", "asthma", "x fever", "a b c d e f g", "asthma", "x fever"]
+    assert [len(row or []) for row in rows(annotator, [as_batch(notes)])] == [1, 1, 1, 0, 1, 1, 0, 1, 1]
+    # a b c d e drives out x fever (asthma was used since) and x fever drives it out; a b c d e f g drives out both.
+    assert (annotator.counts.inferred, annotator.counts.reused) == (7, 2)
+
+
+def test_what_the_memory_takes() -> None:
+    """Windows of visit notes take what is counted for them: with a mention in four of ten, no more than the limit."""
+    limit = 2**21
+    tags, probabilities = np.zeros(16, np.int16), np.zeros(16, np.float32)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        cache = annotate._Reuse(limit)
+        for number in range(20_000):
+            result = cache.put(np.full(15, number, np.int32).tobytes())
+            if number % 10 < 4:
+                result.keep(tags, probabilities)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(cache._results) == limit // (annotate._ENTRY_BYTES + 60)
+    assert 0.5 * limit < after - before < limit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -589,12 +722,13 @@ def test_tiny_spans_depend_on_the_note_alone(notes: list[str | None], cuts: list
 TINY_SETTINGS = [testing.annotator(options) for options in SETTINGS]
 
 
-@pytest.fixture(scope="session", params=["fp32", "int8"])
-def berts(request: pytest.FixtureRequest, small_bert: Path) -> list[Annotator]:
-    """Annotators of the small BERT in one precision under all settings."""
+@pytest.fixture(scope="session", params=["fp32", "int8", "static int8"])
+def berts(request: pytest.FixtureRequest, small_bert: Path, small_bert_static: Path) -> list[Annotator]:
+    """Annotators of the small BERT in one precision, or one form of int8, under all settings."""
+    path = small_bert_static if request.param == "static int8" else small_bert
+    precision = request.param.removeprefix("static ")
     return [
-        load(small_bert, Options(request.param, threads=o.threads, batch_tokens=o.batch_tokens, reuse=o.reuse))
-        for o in SETTINGS
+        load(path, Options(precision, threads=o.threads, batch_tokens=o.batch_tokens, reuse=o.reuse)) for o in SETTINGS
     ]
 
 
@@ -603,7 +737,7 @@ def berts(request: pytest.FixtureRequest, small_bert: Path) -> list[Annotator]:
 def test_attention_and_int8_do_not_see_the_batch(
     berts: list[Annotator], notes: list[str | None], cuts: list[int]
 ) -> None:
-    """The same for a transformer with attention over padded windows, and for int8 with a scale for each token."""
+    """The same for a transformer with attention, and for int8 with a scale for each token or one scale for all."""
     check_invariance(berts, notes, cuts)
 
 
@@ -615,23 +749,26 @@ def test_the_small_bert_finds_something(berts: list[Annotator]) -> None:
     assert {span.end - span.start for span in found} != {1}
 
 
-def test_int8_without_exact_kernels(small_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On processors without VNNI the session is opened with onnxruntime's option: it loads, and nothing saturates."""
-    exact = runtime.has_exact_int8()
-    ids = np.random.default_rng(0).integers(4, 117, (6, 40))
-    lengths = np.array([40, 40, 31, 9, 40, 3])
-    inside = np.arange(40) < lengths[:, None]
+def test_answers_of_the_graph_change_no_span(small_bert: Path, small_bert_static: Path) -> None:
+    """Tags and probabilities that the int8 graph gives itself make the spans that its logits make."""
+    rng = random.Random(0)
+    notes = [" ".join(rng.choices(VOCABULARY, k=rng.randrange(80))) for _ in range(40)]
+    for path in (small_bert, small_bert_static):
+        own = load(path, Options("int8", threads=1))
+        session = own.session
+        assert session is not None
+        assert session.gives_best
+        decoded = Annotator(own.bundle, session, own.options, precision="int8")
+        found, expected = rows(own, [as_batch(notes)]), rows(decoded, [as_batch(notes)])
+        assert sum(len(row or []) for row in found) > 200
+        assert [as_places(row) for row in found] == [as_places(row) for row in expected]
+        scores = [[span["score"] for row in side for span in row or []] for side in (found, expected)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
-    def logits(precision: str) -> Any:
-        return runtime.Session(small_bert / bundle.VARIANT_FILES[precision], "cpu")(ids, lengths)[inside]
 
-    plain, reference = logits("int8"), logits("fp32")
-    monkeypatch.setattr(runtime, "has_exact_int8", lambda: False)
-    careful = logits("int8")
-    assert careful.shape == (163, 3)
-    assert (careful.argmax(axis=-1) == reference.argmax(axis=-1)).mean() > 0.9
-    if exact:
-        assert careful.tolist() == plain.tolist()
+def as_places(row: Row) -> list[tuple[int, int, str]]:
+    """Spans of a row without their scores."""
+    return [(span["start"], span["end"], span["label"]) for span in row or []]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -218,6 +218,13 @@ FORMS: dict[str, dict[str, Any]] = {
         "scaled": ("Div", ["second", "divisor"]),
     },
     "scores behind the mask": {"masked": ("Add", ["mask", "scaled"])},
+    "scores behind a constant": {"masked": ("Add", ["lowest", "scaled"])},
+    "queries after more steps": {
+        "q5": ("Mul", ["q4", "one"]),
+        "q6": ("Mul", ["q5", "one"]),
+        "q7": ("Mul", ["q6", "one"]),
+        "qt": ("Transpose", ["q7"], {"perm": [0, 2, 1, 3]}),
+    },
     "keys that are a constant": {"kt": ("Transpose", ["other_keys"], {"perm": [0, 1, 3, 2]})},
     "weights that are used twice": {
         "again": ("ReduceSum", ["weights"], {"keepdims": 1}),
@@ -228,6 +235,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "values on the left": {"weights": ("Softmax", ["masked"], {"axis": -1}), "heads": ("MatMul", ["vt", "weights"])},
     "keys that are bent": {"bent": ("Tanh", ["k4"]), "kt": ("Transpose", ["bent"], {"perm": [0, 2, 3, 1]})},
     "heads of unknown number": {"q4": ("Reshape", ["q", "open_split"])},
+    "heads of a computed number": {"made": ("Abs", ["split"]), "q4": ("Reshape", ["q", "made"])},
     "a softmax over logits": {
         "raw": ("MatMul", ["context", "classifier"]),
         "logits": ("Softmax", ["raw"], {"axis": -1}),

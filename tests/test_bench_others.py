@@ -344,7 +344,8 @@ def test_a_small_run_of_the_floor(monkeypatch: pytest.MonkeyPatch, small_bert: P
     assert list(result["stages"]) == [
         *("reading", "segmenting", "tokenizing", "planning", "decoding", "the rest", "writing")
     ]
-    assert result["work"]["tokens"] < result["work"]["padded"]
+    # On a CPU windows are not padded.
+    assert result["work"]["tokens"] == result["work"]["padded"] > 0
     assert floor.section(MACHINE | result).startswith("## Matrix-product floor")
     floor.plot(result, tmp_path / "floor.png")
     assert (tmp_path / "floor.png").stat().st_size > 0

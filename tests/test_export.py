@@ -1,9 +1,8 @@
-"""Checkpoint to bundle: the parity gate and what fails it, int8 by token row, the choice of the window, the layout."""
+"""Checkpoint to bundle: the parity gate and what fails it, the choice of the window, the layout."""
 
 import json
 import random
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,16 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("optimum.onnxruntime")
 
 from medner.export import ExportOptions, convert, export, optimize, verify  # noqa: E402
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import numpy_helper  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
 
 import medner  # noqa: E402
 from medner import bundle as bundles  # noqa: E402
-from medner import parity, runtime, testing  # noqa: E402
+from medner import parity, testing  # noqa: E402
 from medner.annotate import Annotator, Options  # noqa: E402
 from medner.datasets import Document  # noqa: E402
 from medner.errors import CheckFailed, InputError, ModelError, OutputError, UsageError  # noqa: E402
 from medner.pytorch import TorchModel, torch_annotator  # noqa: E402
-from medner.runtime import Session  # noqa: E402
 
 MENTIONS = ("breast cancer", "asthma", "type 2 diabetes", "heart failure", "fever", "gouty arthritis", "pain")
 FRAMES = (
@@ -258,6 +256,7 @@ def test_manifest_of_a_bundle(checkpoint: Path, notes: Path, exported: tuple[Pat
         "windows_tried": {"one segment": 1.0, "64": 1.0, "96": 1.0, "128": 1.0},
         "logits": {"tokens": tokens + 2 * windows, "ties": 0, "differences": 0},
         "variants": {"fp32": scores, "int8": scores},
+        "int8_scales": "fixed",
     }
     assert said == (
         f"parity on notes.jsonl: 20 documents, windows of up to 128 tokens, packed; logits differ by at most "
@@ -371,6 +370,29 @@ def test_an_int8_variant_that_fails_is_not_written(
     assert failure.value.exit_code == 1
     assert result["f1"] < 0.998
     assert "\n| int8 (failed, not written) | " in (bundle.path / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_fixed_scales_that_lose_too_much(
+    checkpoint: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If fixed scales fail the gate, every row gets its own, and the report says so."""
+    faithful = optimize.to_int8
+    done = []
+
+    def to_int8(source: Path, target: Path, samples: Any, static_bits: float) -> None:
+        with monkeypatch.context() as patch:
+            if not done:
+                patch.setattr(optimize, "quantize_columns", lossy)
+            done.append(faithful(source, target, samples, static_bits))
+
+    monkeypatch.setattr(optimize, "to_int8", to_int8)
+    export(ExportOptions(checkpoint, tmp_path / "b", str(notes), window=64))
+    assert [counts.static for counts in done] == [8, 0]
+    report = bundles.load(tmp_path / "b").card["parity"]
+    assert report["int8_scales"] == "a row's own"
+    assert report["variants"]["int8"]["passed"]
+    assert (tmp_path / "b/onnx/model_int8.onnx").exists()
 
 
 @pytest.mark.usefixtures("no_optimum")
@@ -714,235 +736,3 @@ def test_the_window_needs_labelled_documents() -> None:
     assert str(failure.value) == (
         "--window auto needs whole documents; devel.txt holds single sentences, which fit any window: pass --window N"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# int8
-
-
-def plain_product(x: Any, weight: Any) -> Any:
-    """The documented formula for one matrix product, in plain numpy: float32 [..., k] by float32 [k, n]."""
-    column_scale = np.maximum(np.abs(weight).max(axis=0), np.float32(1e-12)) / np.float32(127)
-    w = np.rint(weight / column_scale).astype(np.int32)
-    row_scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(1e-12)) / np.float32(127)
-    q = np.clip(np.rint(x / row_scale) + 128, 0, 255).astype(np.int32) - 128
-    return (q @ w).astype(np.float32) * column_scale * row_scale
-
-
-def shifted_product(x: Any, weight: Any) -> Any:
-    """The same after GELU: shifted by its minimum, all 256 levels, the shift taken out again."""
-    column_scale = np.maximum(np.abs(weight).max(axis=0), np.float32(1e-12)) / np.float32(127)
-    w = np.rint(weight / column_scale).astype(np.int32)
-    z = x + np.float32(0.1701)
-    row_scale = z.max(axis=-1, keepdims=True) / np.float32(255)
-    q = np.clip(np.rint(z / row_scale), 0, 255).astype(np.int32)
-    correction = np.float32(0.1701) * w.sum(axis=0).astype(np.float32) * column_scale
-    return (q @ w).astype(np.float32) * column_scale * row_scale - correction
-
-
-def test_quantize_columns() -> None:
-    """One scale a column, its largest weight at 127; the error is at most half a step; a zero column stays zero."""
-    rng = np.random.default_rng(0)
-    matrix = (rng.normal(size=(40, 24)) * np.geomspace(1e-6, 1e3, 24)).astype(np.float32)
-    matrix[:, 5] = 0
-    values, scale = optimize.quantize_columns(matrix)
-    assert (values.dtype, scale.dtype, values.shape, scale.shape) == (np.int8, np.float32, (40, 24), (24,))
-    assert (np.abs(values).max(axis=0) == [0 if i == 5 else 127 for i in range(24)]).all()
-    assert (np.abs(values * scale - matrix) <= 0.5001 * scale).all()
-    assert np.array_equal(values, np.rint(matrix / scale))
-    assert (scale > 0).all()
-
-
-def small_graph(table: Any, *weights: Any, product: str = "MatMul") -> Any:
-    """``logits = table[input_ids]``, then a product with each weight."""
-    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["x0"], "embed")]
-    for i in range(len(weights)):
-        output = "logits" if i == len(weights) - 1 else f"x{i + 1}"
-        nodes.append(helper.make_node(product, [f"x{i}", f"w{i}"], [output], f"product{i}"))
-    constants = {"table": table, **{f"w{i}": weight for i, weight in enumerate(weights)}}
-    shape = ["batch", "length"] if product == "MatMul" else ["length"]
-    return helper.make_model(
-        helper.make_graph(
-            nodes,
-            "small",
-            [helper.make_tensor_value_info("input_ids", TensorProto.INT64, shape)],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*shape, weights[-1].shape[1]])],
-            [numpy_helper.from_array(value, name) for name, value in constants.items()],
-        ),
-        opset_imports=[helper.make_opsetid("", 18)],
-        ir_version=8,
-    )
-
-
-def test_the_graph_computes_the_documented_formula(tmp_path: Path) -> None:
-    """Random tables and weights, zero rows and columns among them: the int8 graph equals plain numpy, bit for bit."""
-    rng = np.random.default_rng(1)
-    table = (rng.normal(size=(50, 32)) * np.geomspace(1e-3, 1e2, 50)[:, None]).astype(np.float32)
-    table[7] = 0
-    weights = [rng.normal(size=shape).astype(np.float32) for shape in ((32, 48), (48, 20))]
-    weights[0][:, 3] = 0
-    onnx.save(small_graph(table, *weights), tmp_path / "fp32.onnx")
-    done = optimize.to_int8(tmp_path / "fp32.onnx", tmp_path / "new" / "int8.onnx")
-    assert done == optimize.Quantized(products=2, activations=2, tables=1, shifted=0, balanced=0)
-
-    ids = rng.integers(0, 50, size=(6, 16))
-    ids[0, :3] = 7
-    logits = Session(tmp_path / "new" / "int8.onnx", "cpu")(ids, np.full(6, 16))
-    row_scale = np.maximum(np.abs(table).max(axis=1, keepdims=True), np.float32(1e-12)) / np.float32(127)
-    x = (np.rint(table / row_scale) * row_scale)[ids]
-    for weight in weights:
-        x = plain_product(x, weight)
-    assert np.isfinite(logits).all()
-    assert (logits[0, :3] == 0).all()
-    np.testing.assert_array_equal(logits, x)
-
-
-def test_a_graph_without_anything_to_quantize(tmp_path: Path) -> None:
-    """No product with a wide constant, or no table that input_ids look up, is an error that counts both."""
-    shutil.copyfile(testing.bundle() / "onnx/model.onnx", tmp_path / "tiny.onnx")
-    with pytest.raises(ModelError) as failure:
-        optimize.to_int8(tmp_path / "tiny.onnx", tmp_path / "int8.onnx")
-    assert str(failure.value) == f"{tmp_path}/tiny.onnx: 0 matrix products and 2 embedding tables to quantize"
-    assert not (tmp_path / "int8.onnx").exists()
-
-
-def test_weights_that_would_stay_fp32(tmp_path: Path) -> None:
-    """A weight matrix in a node of another kind is an error, not a graph that is half int8."""
-    table, weight = np.ones((50, 32), np.float32), np.ones((32, 32), np.float32)
-    model = small_graph(table, weight, weight, weight)
-    model.graph.node[2].op_type = "Gemm"
-    onnx.save(model, tmp_path / "gemm.onnx")
-    with pytest.raises(ModelError) as failure:
-        optimize.to_int8(tmp_path / "gemm.onnx", tmp_path / "int8.onnx")
-    assert str(failure.value) == (
-        f"{tmp_path}/gemm.onnx: int8 is for graphs of Optimum's; these nodes keep fp32 weights: product1 (Gemm)"
-    )
-    assert not (tmp_path / "int8.onnx").exists()
-
-
-def test_counts_of_int8_nodes(exported: tuple[Path, str], tmp_path: Path) -> None:
-    """Two layers of BERT: six products each, of which Q, K and V share an activation; the embeddings are int8."""
-    source = exported[0] / "onnx/model.onnx"
-    done = optimize.to_int8(source, tmp_path / "int8.onnx", [np.arange(4, 40), np.arange(20, 50)])
-    assert done == optimize.Quantized(products=12, activations=8, tables=1, shifted=2, balanced=4)
-    graph = onnx.load(tmp_path / "int8.onnx").graph
-    initializers = {t.name: t for t in graph.initializer}
-    # The embeddings' normalization and three of the layers' feed products, and once more a residual sum.
-    assert Counter(n.op_type for n in graph.node)["LayerNormalization"] == 5 + 4
-    products = [n for n in graph.node if n.op_type == "MatMulInteger"]
-    assert Counter(n.op_type for n in graph.node)["MatMulInteger"] == 12
-    # onnxruntime's option for processors without VNNI rewrites zero points node by node.
-    assert len({n.input[2] for n in products}) == 12
-    assert {initializers[n.input[2]].data_type for n in products} == {TensorProto.UINT8}
-    assert {initializers[n.input[1]].data_type for n in products} == {TensorProto.INT8}
-    (words,) = (n for n in graph.node if n.op_type == "Gather" and n.name == "/bert/embeddings/word_embeddings/Gather")
-    assert initializers[words.input[0]].data_type == TensorProto.INT8
-    # What is left in fp32: position and type tables, the classifier, and vectors.
-    wide = [t for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2 and min(t.dims) > 3]
-    assert [tuple(t.dims) for t in wide] == [(LIMIT, 64)]
-    assert (tmp_path / "int8.onnx").stat().st_size < 0.55 * source.stat().st_size
-
-
-def test_onnxruntime_fuses_no_product(exported: tuple[Path, str], tmp_path: Path) -> None:
-    """After optimization every product is still a MatMulInteger: a fused one would take the row scale for a scalar."""
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 4
-    ort.InferenceSession(exported[0] / "onnx/model_int8.onnx", options, providers=["CPUExecutionProvider"])
-    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
-    assert counts["MatMulInteger"] == 12
-    assert {name for name in counts if "MatMulInteger" in name or "QuantizeMatMul" in name} == {"MatMulInteger"}
-
-
-@pytest.mark.parametrize("variant", ["model.onnx", "model_int8.onnx"])
-def test_a_window_does_not_depend_on_its_batch(exported: tuple[Path, str], variant: str) -> None:
-    """Logits are the same bits for a window alone, in a batch, and with other partners, at one padded length."""
-    session = Session(exported[0] / "onnx" / variant, "cpu")
-    rng = np.random.default_rng(2)
-    for width in (8, 40, 128):
-        ids = rng.integers(4, 50, size=(12, width))
-        lengths = rng.integers(width - 5, width + 1, size=12)
-        together = session(ids, lengths)
-        shuffled = rng.permutation(12)
-        again = session(ids[shuffled[:5]], lengths[shuffled[:5]])
-        for row in range(12):
-            alone = session(ids[row : row + 1], lengths[row : row + 1])
-            np.testing.assert_array_equal(alone[0, : lengths[row]], together[row, : lengths[row]])
-        for place, row in enumerate(shuffled[:5]):
-            np.testing.assert_array_equal(again[place, : lengths[row]], together[row, : lengths[row]])
-
-
-def emulated(checkpoint: Path, ids: Any) -> Any:
-    """PyTorch's logits with every product of the encoder and the word table by the documented formula."""
-    model = transformers.AutoModelForTokenClassification.from_pretrained(checkpoint).eval()
-
-    def by_formula(layer: Any, inputs: Any, _: Any) -> Any:
-        # What comes out of GELU is as wide as the intermediate layer.
-        product = shifted_product if layer.in_features == intermediate else plain_product
-        return torch.from_numpy(product(inputs[0].numpy(), layer.weight.detach().numpy().T)) + layer.bias
-
-    intermediate = model.config.intermediate_size
-
-    for layer in model.bert.encoder.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.register_forward_hook(by_formula)
-    table = model.bert.embeddings.word_embeddings.weight
-    with torch.inference_mode():
-        scale = table.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-        table.copy_((table / scale).round() * scale)
-        return model(input_ids=torch.from_numpy(ids)).logits.numpy()
-
-
-def test_int8_equals_an_emulation_of_its_formula(
-    checkpoint: Path, exported: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without samples the graph gives the logits of PyTorch with the documented formula, far closer than fp32 does.
-
-    It does so with session.x64quantprecision=1, too, which processors without VNNI need.
-    """
-    ids = np.random.default_rng(3).integers(4, 50, size=(16, 48))
-    lengths = np.full(16, 48)
-    expected = emulated(checkpoint, ids)
-    fp32 = Session(exported[0] / "onnx/model.onnx", "cpu")(ids, lengths)
-    optimize.to_int8(exported[0] / "onnx/model.onnx", tmp_path / "int8.onnx")
-    monkeypatch.setattr(runtime, "has_exact_int8", lambda: False)
-    guarded = Session(tmp_path / "int8.onnx", "cpu")(ids, lengths)
-    monkeypatch.undo()
-    default = Session(tmp_path / "int8.onnx", "cpu")(ids, lengths)
-    np.testing.assert_array_equal(guarded, default)
-    assert np.abs(default - expected).mean() < 0.05 * np.abs(fp32 - expected).mean()
-
-
-def test_large_channels_are_balanced(exported: tuple[Path, str], tmp_path: Path) -> None:
-    """With a few channels far from the others, samples bring int8 much closer to fp32, on other text than theirs."""
-    model = onnx.load(exported[0] / "onnx/model.onnx")
-    for tensor in model.graph.initializer:
-        if tensor.name.endswith("LayerNorm.bias"):
-            bias = numpy_helper.to_array(tensor).copy()
-            bias[[3, 40]] += [25.0, -40.0]
-            tensor.CopyFrom(numpy_helper.from_array(bias, tensor.name))
-    onnx.save(model, tmp_path / "fp32.onnx")
-    rng = np.random.default_rng(4)
-    ids, lengths = rng.integers(4, 50, size=(16, 48)), np.full(16, 48)
-    fp32 = Session(tmp_path / "fp32.onnx", "cpu")(ids, lengths)
-    errors = []
-    for samples in ((), list(rng.integers(4, 50, size=(20, 30)))):
-        done = optimize.to_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", samples)
-        assert done.balanced == (4 if samples else 0)
-        errors.append(np.abs(Session(tmp_path / "int8.onnx", "cpu")(ids, lengths) - fp32).mean())
-    assert errors[1] < 0.3 * errors[0]
-
-
-def test_weights_that_layers_share(tmp_path: Path) -> None:
-    """A matrix used by two layers is stored once."""
-    table, weight = np.eye(32, dtype=np.float32), np.full((32, 32), 0.5, np.float32)
-    model = small_graph(table, weight, weight)
-    # As Optimum writes the shared layers of ALBERT.
-    model.graph.node.insert(0, helper.make_node("Identity", ["w0"], ["again"]))
-    model.graph.node[3].input[1] = "again"
-    onnx.save(model, tmp_path / "fp32.onnx")
-    optimize.to_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx")
-    matrices = [t for t in onnx.load(tmp_path / "int8.onnx").graph.initializer if list(t.dims) == [32, 32]]
-    assert len(matrices) == 2
-    logits = Session(tmp_path / "int8.onnx", "cpu")(np.arange(8)[None], np.array([8]))
-    np.testing.assert_allclose(logits, np.full((1, 8, 32), 8.0), rtol=1e-6)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medner import runtime, testing
+from medner import decode, runtime, testing
 from medner.errors import DeviceError, MissingPackage, ModelError, UsageError
 from medner.runtime import Session, resolve_device
 
@@ -217,6 +217,64 @@ def test_inputs_that_a_graph_has(tmp_path: Path) -> None:
         assert logits.dtype == np.float32
         assert session.n_labels == len(names)
         np.testing.assert_array_equal(logits, np.stack([inputs[name] for name in names], axis=-1))
+
+
+def answering_graph(path: Path, answers: tuple[str, ...]) -> Path:
+    """The graph of three stacked inputs, with outputs beside its logits that answer for them."""
+    onnx = pytest.importorskip("onnx")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    model = onnx.load(graph(path, ("input_ids", "attention_mask", "token_type_ids")))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1], np.int64), "last"))
+    makers = {
+        "tag": [
+            helper.make_node("ArgMax", ["logits"], ["class"], axis=-1, keepdims=0),
+            helper.make_node("Cast", ["class"], ["tag"], to=kinds.INT16),
+        ],
+        "probability": [
+            helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1),
+            helper.make_node("ReduceMax", ["probabilities", "last"], ["probability"], keepdims=0),
+        ],
+    }
+    for name in answers:
+        model.graph.node.extend(makers[name])
+        kind = kinds.INT16 if name == "tag" else kinds.FLOAT
+        model.graph.output.append(helper.make_tensor_value_info(name, kind, ["b", "n"]))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_graph_that_gives_the_best_class(tmp_path: Path) -> None:
+    """A graph with both outputs answers by itself, as its logits would; of equal logits the first class counts."""
+    session = Session(answering_graph(tmp_path / "model.onnx", ("tag", "probability")), "cpu")
+    assert session.gives_best
+    ids, lengths = np.array([[5, 0, 1], [0, 2, 9]]), np.array([3, 2])
+    tags, probabilities = session.best(ids, lengths)
+    assert (tags.dtype, probabilities.dtype) == (np.int16, np.float32)
+    assert tags.tolist() == [[0, 1, 0], [1, 0, 0]]
+    expected_tags, expected = decode.best(session(ids, lengths))
+    assert tags.tolist() == expected_tags.tolist()
+    np.testing.assert_allclose(probabilities, expected, atol=1e-6)
+    assert probabilities[0, 2] == pytest.approx(np.e / (2 * np.e + 1))
+
+
+@pytest.mark.parametrize("answers", [(), ("tag",), ("probability",)])
+def test_a_graph_that_does_not_give_the_best_class(tmp_path: Path, answers: tuple[str, ...]) -> None:
+    """One of the outputs alone is not enough."""
+    session = Session(answering_graph(tmp_path / "model.onnx", answers), "cpu")
+    assert not session.gives_best
+    assert session(np.array([[4, 5]]), np.array([2])).tolist() == [[[4, 1, 0], [5, 1, 0]]]
+
+
+def test_logits_and_inner_values_of_a_serialized_graph(tmp_path: Path) -> None:
+    """A graph in memory gives its logits for a padded batch, and named values for single windows of any length."""
+    serialized = graph(tmp_path / "model.onnx", ("input_ids", "attention_mask")).read_bytes()
+    ids, lengths = np.array([[5, 6, 7], [8, 9, 0]]), np.array([3, 2])
+    logits = runtime.logits(serialized, ids, lengths)
+    assert logits.dtype == np.float32
+    assert logits.tolist() == [[[5, 1], [6, 1], [7, 1]], [[8, 1], [9, 1], [0, 0]]]
+    samples = [np.array([5, 6, 7]), np.array([8])]
+    found = [[value.tolist() for value in values] for values in runtime.activations(serialized, ["logits"], samples)]
+    assert found == [[[[[5, 1], [6, 1], [7, 1]]]], [[[[8, 1]]]]]
 
 
 def test_a_graph_without_a_stated_number_of_labels(fake: Callable[..., FakeOrt]) -> None:

@@ -248,16 +248,21 @@ ASCII = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(ASCII, max_size=4))
+@settings(max_examples=400, deadline=None)
+@given(st.lists(ASCII | TEXTS, max_size=6))
 def test_fast_path_on_ascii_gives_the_same_words(texts: list[str]) -> None:
-    """On ASCII the tokenizer's own words stand in for the basic tokenizer's: the same tokens, words and offsets."""
+    """On ASCII the tokenizer's own words stand in for the basic tokenizer's: the same tokens, words and offsets.
+
+    So it is where segments of other text stand among them.
+    """
     fast, general = TINY.tokenize(texts), GENERAL.tokenize(texts)
     assert TINY._is_bert
     for name in ("ids", "bounds", "word_token", "word_bounds"):
         assert getattr(fast, name).tolist() == getattr(general, name).tolist()
     for segment, text in enumerate(texts):
-        assert fast.chars(segment).tolist() == general.chars(segment).tolist() == [list(w) for w in basic_words(text)]
+        assert fast.chars(segment).tolist() == general.chars(segment).tolist()
+        # Of other text the tiny bundle drops combining marks, which make words of their own to the basic tokenizer.
+        assert not text.isascii() or fast.chars(segment).tolist() == [list(word) for word in basic_words(text)]
 
 
 @settings(max_examples=100, deadline=None)
@@ -493,13 +498,20 @@ def test_batches_worked_by_hand() -> None:
     assert list(windows.batches([], 32)) == []
 
 
+def test_batches_of_one_length_worked_by_hand() -> None:
+    """With a multiple of one no window is padded: a batch holds windows of one length only."""
+    assert [windows.padded_length(n, 1) for n in (1, 7, 8, 9)] == [1, 7, 8, 9]
+    lengths = [9, 3, 16, 10, 9, 40, 9, 9, 10]
+    assert list(windows.batches(lengths, 32, 1)) == [[5], [2], [3, 8], [0, 4, 6], [7], [1]]
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(1, 130), max_size=60), st.integers(1, 1024))
-def test_batches_hold_each_window_once_and_keep_the_budget(lengths: list[int], budget: int) -> None:
+@given(st.lists(st.integers(1, 130), max_size=60), st.integers(1, 1024), st.sampled_from([1, 8, 16]))
+def test_batches_hold_each_window_once_and_keep_the_budget(lengths: list[int], budget: int, multiple: int) -> None:
     """One padded length a batch, at most ``budget`` padded tokens unless a single window has more, none half empty."""
-    found = list(windows.batches(lengths, budget))
+    found = list(windows.batches(lengths, budget, multiple))
     assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
-    padded = [[-(-lengths[index] // 8) * 8 for index in batch] for batch in found]
+    padded = [[-(-lengths[index] // multiple) * multiple for index in batch] for batch in found]
     assert all(len(set(batch)) == 1 for batch in padded)
     assert all(sum(batch) <= budget or len(batch) == 1 for batch in padded)
     for batch, following in pairwise(padded):
