@@ -17,6 +17,7 @@ from medner.export.graph import MICROSOFT, Graph, constant_of, node
 from onnx import TensorProto
 
 from medner import runtime
+from medner.errors import ModelError
 
 #: Two logits that differ by more (relative to the largest) are not the same computation.
 _TOLERANCE = 1e-4
@@ -214,5 +215,9 @@ def _is_equal(model: onnx.ModelProto, changed: onnx.ModelProto) -> bool:
     ids = np.arange(24, dtype=np.int64).reshape(2, 12) % vocabulary
     lengths = np.array([12, 7])
     kept = np.arange(12) < lengths[:, None]
-    before, after = (runtime.logits(bytes(graph.SerializeToString()), ids, lengths)[kept] for graph in (model, changed))
+    before = runtime.logits(bytes(model.SerializeToString()), ids, lengths)[kept]
+    try:
+        after = runtime.logits(bytes(changed.SerializeToString()), ids, lengths)[kept]
+    except ModelError:
+        return False
     return bool(np.abs(before - after).max() <= _TOLERANCE * max(1.0, float(np.abs(before).max())))

@@ -129,9 +129,13 @@ def activations(
 
 
 def logits(graph: bytes, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Logits of one batch by a serialized graph, on the CPU; see :meth:`Session.__call__`."""
-    session = _onnxruntime().InferenceSession(graph, providers=["CPUExecutionProvider"])
-    (values,) = session.run(["logits"], _feeds(_input_names(session), ids, lengths))
+    """Logits of one batch by a serialized graph, on the CPU; see :meth:`Session.__call__`. Raises ModelError."""
+    ort = _onnxruntime()
+    try:
+        session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        (values,) = session.run(["logits"], _feeds(_input_names(session), ids, lengths))
+    except Exception as exc:  # as above
+        raise ModelError(f"onnxruntime cannot run the graph: {_reason(exc)}") from exc
     return np.asarray(values, dtype=np.float32)
 
 

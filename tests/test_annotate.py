@@ -499,7 +499,7 @@ def test_windows_without_mentions_keep_nothing(tiny: Annotator, caches: list[ann
 
 
 def test_overlapping_windows_are_reused(tiny: Annotator) -> None:
-    """A window that answers for a part of its tokens is reused where the same segment comes again: seven and one new."""
+    """A window that answers for a part of its tokens is reused where the same segment comes again."""
     long = "x heart failure y " * 40
     notes = [long, "fever", long, "fever", long]
     annotator, fed = counting(tiny, Options(threads=1))

@@ -16,6 +16,7 @@ from medner.export import attention, convert  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from medner import runtime  # noqa: E402
+from medner.errors import ModelError  # noqa: E402
 
 VOCABULARY, HIDDEN, HEADS, LAYERS = 60, 32, 4, 2
 SIZES = {
@@ -281,3 +282,13 @@ def test_the_proof_alone_stops_a_wrong_scale() -> None:
     block = attention._Matcher(graph).block(softmax)
     assert block == attention._Block("q", "k", "v", "context", HEADS, HIDDEN // HEADS)
     assert attention._root(graph, [block]) == "root"
+
+
+def test_a_graph_that_does_not_run_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where onnxruntime cannot run what was rewritten, the graph comes back as it is; its own failure is told."""
+    model = one_layer()
+    assert attention.rewrite(model)[1] == 1
+    monkeypatch.setattr(attention, "MICROSOFT", "no.such.domain")
+    assert attention.rewrite(model) == (model, 0)
+    with pytest.raises(ModelError, match=r"^onnxruntime cannot run the graph: .+$"):
+        runtime.logits(b"no graph", np.zeros((1, 3), np.int64), np.array([3]))
