@@ -16,6 +16,7 @@ from common import ROOT
 from medner.export import convert, optimize, verify
 
 from medner import bundle as bundles
+from medner import parity
 
 WORK = ROOT / "models" / "base"
 NOTES = ROOT / "examples" / "notes.jsonl"
@@ -46,7 +47,7 @@ def build() -> bundles.Bundle:
     for name in ("config.json", *tokenizer):
         shutil.copyfile(checkpoint / name, bundle / name)
     sized = bundles.resized(bundles.load_checkpoint(checkpoint), default.window, packed=default.packed)
-    optimize.to_int8(fp32, int8, verify.samples(sized, verify.read_parity_data(str(NOTES))))
+    optimize.to_int8(fp32, int8, verify.samples(sized, parity.read_parity_data(str(NOTES))))
     bundles.write_manifest(
         bundle, name="base", labels=default.labels, window=default.window, packed=default.packed, card={}
     )
