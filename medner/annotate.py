@@ -45,7 +45,7 @@ REUSE_BYTES = 48 * 2**20
 _ENTRY_BYTES = 340
 
 #: A stream's first job is small, so that its first spans come soon; each is twice the one before, up to the last.
-_FIRST_JOB_CHARS, _JOB_CHARS = 1 << 14, 1 << 18
+_FIRST_JOB_CHARS, _JOB_CHARS = 1 << 14, 1 << 17
 
 _JOBS_AHEAD = 3
 

@@ -406,7 +406,8 @@ def test_a_stream_does_not_wait_for_a_part(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "fever"}\n' * 2_500)
     run(RunOptions((str(path),), "-", model=str(testing.bundle()), quiet=True), stdout=Stream())
-    assert seen == [1_000, 2_000, 2_500]
+    # Short batches first, each twice the one before.
+    assert seen == [8, 24, 56, 120, 248, 504, 1_016, 2_016, 2_500]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,6 +440,7 @@ def test_a_failure_in_the_middle(
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps({"text": f"fever {n}"}) + "\n" for n in range(40)))
     monkeypatch.setattr(sources, "BATCH_ROWS", 10)
+    monkeypatch.setattr(sources, "_FIRST_ROWS", 10)
     go(path, tmp_path / "whole", part_rows=10)
     fail_late(monkeypatch, where, error)
     with pytest.raises(type(error)) as caught:
@@ -558,12 +560,13 @@ def test_progress_where_there_is_no_terminal(
     path.write_text('{"text": "fever"}\n' * 2_000)
     (tmp_path / "other.doc").write_text("")
     monkeypatch.setattr(running, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(sources, "_FIRST_ROWS", 1_000)
     go(tmp_path, tmp_path / "out", quiet=False)
     output, error = capfd.readouterr()
     assert output == ""
     lines = error.splitlines()
     assert lines[0] == "medner: 1 file of unknown suffix skipped"
-    # Two batches of 1,000 rows are cut by no part, and both are read before the first comes out.
+    # Two batches of 1,000 rows are cut by no part.
     assert [re.sub(r"[0-9,.]+ notes/s", "R notes/s", line) for line in lines[1:]] == [
         "medner: 100 % of the input read, 1,000 notes, R notes/s, 1,000 spans",
         "medner: 100 % of the input read, 2,000 notes, R notes/s, 2,000 spans",
