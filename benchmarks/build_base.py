@@ -13,10 +13,10 @@ import shutil
 import torch
 import transformers
 from common import ROOT
-from medner.export import convert, optimize, verify
 
 from medner import bundle as bundles
 from medner import parity
+from medner.export import convert, optimize, verify
 
 WORK = ROOT / "models" / "base"
 NOTES = ROOT / "examples" / "notes.jsonl"

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from medner.export.graph import MICROSOFT, Graph, constant_of, node
 from onnx import TensorProto
 
 from medner import runtime
 from medner.errors import ModelError
+from medner.export.graph import MICROSOFT, Graph, constant_of, node
 
 #: Two logits that differ by more (relative to the largest) are not the same computation.
 _TOLERANCE = 1e-4

@@ -30,12 +30,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-from medner.export.attention import rewrite
-from medner.export.graph import MICROSOFT, Floats, Graph, node
 from onnx import TensorProto, helper
 
 from medner import runtime
 from medner.errors import ModelError
+from medner.export.attention import rewrite
+from medner.export.graph import MICROSOFT, Floats, Graph, node
 
 #: An activation gets one fixed scale where that costs the average row at most this many bits of its 8.
 STATIC_BITS = 3.0

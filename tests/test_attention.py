@@ -12,11 +12,11 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("optimum.exporters.onnx")
 
-from medner.export import attention, convert  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from medner import runtime  # noqa: E402
 from medner.errors import ModelError  # noqa: E402
+from medner.export import attention, convert  # noqa: E402
 
 VOCABULARY, HIDDEN, HEADS, LAYERS = 60, 32, 4, 2
 SIZES = {

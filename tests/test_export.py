@@ -18,7 +18,6 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("optimum.onnxruntime")
 
-from medner.export import ExportOptions, convert, export, optimize, verify  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
 
@@ -28,6 +27,7 @@ from medner import parity, testing  # noqa: E402
 from medner.annotate import Annotator, Options  # noqa: E402
 from medner.datasets import Document  # noqa: E402
 from medner.errors import CheckFailed, InputError, ModelError, OutputError, UsageError  # noqa: E402
+from medner.export import ExportOptions, convert, export, optimize, verify  # noqa: E402
 from medner.pytorch import TorchModel, torch_annotator  # noqa: E402
 
 MENTIONS = ("breast cancer", "asthma", "type 2 diabetes", "heart failure", "fever", "gouty arthritis", "pain")

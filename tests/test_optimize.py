@@ -13,12 +13,12 @@ transformers = pytest.importorskip("transformers")
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from medner.export import optimize  # noqa: E402
-from medner.export.graph import Graph  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from medner import decode, runtime, testing  # noqa: E402
 from medner.errors import ModelError  # noqa: E402
+from medner.export import optimize  # noqa: E402
+from medner.export.graph import Graph  # noqa: E402
 from medner.runtime import Session  # noqa: E402
 
 TINY = np.float32(1e-12)
