@@ -7,7 +7,6 @@ windows of one padded length, computed on one thread.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -114,6 +113,7 @@ class Annotator:
         self.threads = options.threads or (1 if device == "cuda" else available_cpus())
         self.batch_tokens = options.batch_tokens or BATCH_TOKENS[device]
         self._pad_multiple = PAD_MULTIPLE[device]
+        self._reuse = _Reuse(REUSE_BYTES) if options.reuse else None
 
     @classmethod
     def load(cls, model: str | Path = "default", options: Options | None = None) -> Annotator:
@@ -165,9 +165,11 @@ class Annotator:
         """Annotate a stream of batches: each comes out in order, with the columns of :data:`schema.ANNOTATION` added.
 
         Tokenizing, inference and decoding overlap; a few hundred thousand tokens are under way at any time, whatever
-        the sizes of notes and batches. Null text gives a null list of spans, empty text an empty one.
+        the sizes of notes and batches. Null text gives a null list of spans, empty text an empty one. Windows that
+        an earlier stream of this annotator has seen are reused, too.
         """
-        cache = _Reuse(REUSE_BYTES) if self.options.reuse else None
+        # Out of reach until all is done: after a failure it holds windows without their results.
+        cache, self._reuse = self._reuse, _Reuse(REUSE_BYTES) if self.options.reuse else None
         infer = ThreadPoolExecutor(self.threads, thread_name_prefix="medner-infer")
         plan = ThreadPoolExecutor(1, thread_name_prefix="medner-plan")
         under_way: deque[Future[_Plan]] = deque()
@@ -186,6 +188,7 @@ class Annotator:
                     yield waiting.popleft().batch()
             while waiting:
                 yield waiting.popleft().batch()
+            self._reuse = cache
         finally:
             plan.shutdown(cancel_futures=True)
             infer.shutdown(cancel_futures=True)
@@ -287,8 +290,8 @@ class Annotator:
         for number, result in plan.known:
             start, end = plan.bounds[number, 2:]
             answers.add(int(end - start))
-            if result.tags is not None:
-                answers.tags[start:end], answers.probabilities[start:end] = result.tags, result.probabilities
+            if (kept := result.kept()) is not None:
+                answers.tags[start:end], answers.probabilities[start:end] = kept
         if answers.count != len(tokens.ids):
             raise AssertionError("windows do not cover the tokens")  # pragma: no cover
         found = self._decode(plan, answers.tags, answers.probabilities)
@@ -353,14 +356,20 @@ class _Answers:
 class _Result:
     """A window's answer, to be used again. Most windows hold no mention: for them nothing needs to be kept."""
 
-    __slots__ = ("probabilities", "tags")
+    __slots__ = ("_answer",)
 
     def __init__(self) -> None:
-        self.tags: npt.NDArray[np.int16] | None = None
-        self.probabilities: npt.NDArray[np.float32] | None = None
+        self._answer: bytes | None = None
 
     def keep(self, tags: npt.NDArray[np.int16], probabilities: npt.NDArray[np.float32]) -> None:
-        self.tags, self.probabilities = tags.copy(), probabilities.copy()
+        # As bytes it takes a third of what two arrays take.
+        self._answer = probabilities.tobytes() + tags.tobytes()
+
+    def kept(self) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]] | None:
+        if self._answer is None:
+            return None
+        n = len(self._answer) // 6
+        return np.frombuffer(self._answer, np.int16, n, 4 * n), np.frombuffer(self._answer, np.float32, n)
 
 
 class _Reuse:
@@ -478,7 +487,7 @@ class _Rows:
             self._is_null[row] = True
             return
         self._counts["n_chars"][row] = len(text)
-        self._digests[row] = hashlib.sha256(text.encode()).hexdigest()
+        self._digests[row] = schema.text_sha256(text)
 
     def add(self, row: int, found: _FoundSpans, **counts: int) -> None:
         """Take in what was found in one piece; a note's pieces come in order."""

@@ -68,6 +68,7 @@ def cli() -> None:
 @click.option("--part-rows", type=click.IntRange(min=1), default=5000, show_default=True, help="Rows of a part.")
 @click.option("--min-score", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Drop spans below it.")
 @click.option("--limit", type=click.IntRange(min=0), help="Read at most this many rows.")
+@click.option("--resume", is_flag=True, help="Go on where an earlier run of the directory stopped, or start.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @click.option(
     "--max-rejected",
@@ -97,9 +98,10 @@ def annotate(**given: Any) -> None:
 
     reading = ("text_column", "id_column", "encoding", "delimiter", "keep", "limit", "max_note_bytes", "unique_ids")
     annotating = ("precision", "device", "window", "threads", "batch_tokens", "min_score")
-    running = ("inputs", "output", "model", "form", "part_rows", "max_rejected", "overwrite", "nested", "quiet")
+    running = ("inputs", "output", "model", "form", "part_rows", "max_rejected")
+    flags = ("resume", "overwrite", "nested", "quiet")
     options = run.RunOptions(
-        **{name: given[name] for name in running},
+        **{name: given[name] for name in (*running, *flags)},
         read=ReadOptions(**{name: given[name] for name in reading}),
         annotate=Options(**{name: given[name] for name in annotating}, reuse=not given["no_reuse"]),
         text=not given["no_text"],

@@ -7,11 +7,12 @@ import os
 import re
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from importlib.metadata import version
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from medner import runtime, sinks, sources
+from medner import resume, runtime, sinks, sources
 from medner.annotate import Annotator, Options
 from medner.errors import OutputError, TooManyRejected, UsageError
 
@@ -31,13 +32,18 @@ PART_BYTES = 32 * 2**20
 _LINE_SECONDS = 30.0
 
 
+#: What a note's row counts, as ``n_spans`` and so on.
+_COUNTED = ("spans", "tokens", "unknown", "windows", "chars")
+
+
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """What one ``medner annotate`` does.
 
     output: a directory, a file with one of ``sinks.FILE_SUFFIXES``, or ``-``. form: ``parquet`` or ``jsonl``; None
     takes the file's, else Parquet. max_rejected: a count, ``N%`` of the rows, or ``all``; see :func:`check_rejected`.
-    text: write the mentions' text. nested: a row per note. quiet: no progress.
+    resume: keep what an earlier run of the directory has committed. overwrite: replace an earlier output. text: write
+    the mentions' text. nested: a row per note. quiet: no progress.
     """
 
     inputs: tuple[str, ...]
@@ -49,6 +55,7 @@ class RunOptions:
     part_rows: int = PART_ROWS
     max_rejected: str = "0"
     overwrite: bool = False
+    resume: bool = False
     text: bool = True
     nested: bool = False
     quiet: bool = False
@@ -56,7 +63,10 @@ class RunOptions:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of a run, over the rows written so far."""
+    """Counts of a run, over the rows written so far.
+
+    parts_kept, rows_kept and windows_kept: of parts that an earlier process of this run wrote.
+    """
 
     rows: int = 0
     annotated: int = 0
@@ -66,6 +76,23 @@ class Tally:
     unknown: int = 0
     windows: int = 0
     chars: int = 0
+    parts: int = 0
+    parts_kept: int = 0
+    rows_kept: int = 0
+    windows_kept: int = 0
+
+    def keep(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Count the ``notes`` rows of a part that an earlier process of this run wrote."""
+        rejected = sum(row["reason"] is not None for row in rows)
+        self.rows += len(rows)
+        self.rejected += rejected
+        self.annotated += len(rows) - rejected
+        for name in _COUNTED:
+            setattr(self, name, getattr(self, name) + sum(row[f"n_{name}"] for row in rows))
+        self.rows_kept += len(rows)
+        self.windows_kept += sum(row["n_windows"] for row in rows)
+        self.parts += 1
+        self.parts_kept += 1
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Count an annotated batch."""
@@ -73,7 +100,7 @@ class Tally:
         self.rows += batch.num_rows
         self.rejected += rejected
         self.annotated += batch.num_rows - rejected
-        for name in ("spans", "tokens", "unknown", "windows", "chars"):
+        for name in _COUNTED:
             total = int(batch.column(f"n_{name}").to_numpy().sum())
             setattr(self, name, getattr(self, name) + total)
 
@@ -85,6 +112,7 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
     """
     _allowed_share(options.max_rejected)
     form = _output_format(options)
+    _check_resume(options)
     found = sources.discover(options.inputs)
     _check_apart(found.files, options.output)
     if found.skipped and not options.quiet:
@@ -100,41 +128,40 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
     started = time.monotonic()
     description = _description(options, form, found.files, annotator)
     tally = Tally()
-    numbers: deque[int] = deque()
     progress = _Progress(found.files, enabled=not options.quiet)
     sink = _sink(options, form, sinks.TableOptions(options.text, options.nested, kept), stdout)
     try:
-        sink.start(description)
-        # A reader of the stream waits for its records, not for parts.
-        parts = enumerate(reader.batches()) if options.output == "-" else cut_parts(reader.batches(), options.part_rows)
-        held: list[pa.RecordBatch] = []
-        part = 0
-        for batch in annotator.stream(_numbered(parts, numbers)):
-            number = numbers.popleft()
-            if number != part:
-                sink.commit(part, held)
-                part, held = number, []
-            held.append(batch)
-            tally.add(batch)
+        before, finished = sink.earlier()
+        if before is None:
+            sink.start(description)
+        else:
+            resume.check_description(sink.name, before, description)
+
+        def show() -> None:
             progress.update(tally, reader.bytes_read)
-        # Without a single row this is an empty part, so that the tables and their columns are there.
-        sink.commit(part, held)
-        manifest = {
-            **description,
+
+        for part, batches in _parts(reader, options):
+            if (rows := sink.kept(part)) is not None:
+                resume.check_part(f"{sink.name}, part {part}", rows, batches, options.read.keep)
+                tally.keep(rows)
+                show()
+            else:
+                sink.write(part, _counted(annotator.stream(batches), tally, show))
+                tally.parts += 1
+        done: dict[str, Any] = {
             "inputs": reader.inputs(),
             "counts": asdict(tally)
-            | {
-                "parts": part + 1,
-                "windows_inferred": annotator.counts.inferred,
-                "windows_reused": annotator.counts.reused,
-            },
-            "seconds": round(time.monotonic() - started, 3),
+            | {"windows_inferred": annotator.counts.inferred, "windows_reused": annotator.counts.reused},
         }
-        sink.finish(manifest)
+        if finished is not None and tally.parts == tally.parts_kept:
+            resume.check_description(sink.name, {"inputs": finished["inputs"]}, {"inputs": done["inputs"]})
+            if not options.quiet:
+                _say(f"{sink.name} was finished already")
+            return finished | {"options": description["options"]}
+        return sink.finish({**description, **done, "seconds": round(time.monotonic() - started, 3)})
     finally:
         progress.close()
-        sink.abort()
-    return manifest
+        sink.close()
 
 
 def check_rejected(manifest: dict[str, Any]) -> None:
@@ -153,12 +180,14 @@ def summary(manifest: dict[str, Any]) -> str:
     """The run in two lines, for a person."""
     counts, model = manifest["counts"], manifest["model"]
     seconds = manifest["seconds"]
+    kept = counts["rows_kept"]
     return (
         f"{counts['rows']:,} notes: {counts['annotated']:,} annotated, {counts['rejected']:,} rejected, "
         f"{counts['spans']:,} spans\n"
         f"{model['name']} {model['precision']} on {model['device']}, {seconds:,.1f} s, "
-        f"{counts['rows'] / max(seconds, 1e-9):,.1f} notes/s, "
-        f"{counts['windows_reused']:,} of {counts['windows']:,} windows reused"
+        f"{(counts['rows'] - kept) / max(seconds, 1e-9):,.1f} notes/s, "
+        f"{counts['windows_reused']:,} of {counts['windows'] - counts['windows_kept']:,} windows reused"
+        + (f"; {kept:,} notes were annotated before" if kept else "")
     )
 
 
@@ -186,10 +215,23 @@ def cut_parts(
             start = stop
 
 
-def _numbered(parts: Iterable[tuple[int, pa.RecordBatch]], numbers: deque[int]) -> Iterator[pa.RecordBatch]:
-    for number, batch in parts:
-        numbers.append(number)
+def _parts(reader: sources.Reader, options: RunOptions) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
+    """The parts of a run with their batches; a stream is one part, and so is an input without a row."""
+    if options.output == "-":
+        yield 0, reader.batches()
+        return
+    part = -1
+    for part, rows in groupby(cut_parts(reader.batches(), options.part_rows), key=itemgetter(0)):
+        yield part, map(itemgetter(1), rows)
+    if part < 0:
+        yield 0, iter(())
+
+
+def _counted(batches: Iterable[pa.RecordBatch], tally: Tally, show: Callable[[], None]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        tally.add(batch)
         yield batch
+        show()
 
 
 def _check_apart(files: Iterable[sources.InputFile], output: str) -> None:
@@ -214,6 +256,15 @@ def _output_format(options: RunOptions) -> str:
     return form or options.form or "parquet"
 
 
+def _check_resume(options: RunOptions) -> None:
+    if options.resume and options.overwrite:
+        raise UsageError("--resume and --overwrite contradict each other; drop one")
+    if options.resume and (options.output == "-" or sinks.file_format(Path(options.output)) is not None):
+        raise UsageError(
+            f"--resume needs a run directory, and -o {options.output} is none; drop it, or name a directory"
+        )
+
+
 def _sink(options: RunOptions, form: str, tables: sinks.TableOptions, stdout: BinaryIO | None) -> sinks.Sink:
     if options.output == "-":
         if stdout is None and sys.stdout is None:
@@ -221,7 +272,8 @@ def _sink(options: RunOptions, form: str, tables: sinks.TableOptions, stdout: Bi
         return sinks.StreamSink(stdout if stdout is not None else sys.stdout.buffer, tables)
     path = Path(options.output)
     if sinks.file_format(path) is None:
-        return sinks.DirectorySink(path, form, tables, overwrite=options.overwrite)
+        say = (lambda _: None) if options.quiet else _say
+        return sinks.DirectorySink(path, form, tables, overwrite=options.overwrite, resume=options.resume, say=say)
     return sinks.FileSink(path, tables, overwrite=options.overwrite)
 
 
@@ -262,6 +314,7 @@ def _description(
             "reuse": options.annotate.reuse,
             "read": asdict(options.read) | {"keep": list(options.read.keep)},
         },
+        "inputs": sources.sizes(files),
     }
 
 
@@ -295,13 +348,6 @@ def _say(message: str) -> None:
             print(f"medner: {message}", file=sys.stderr, flush=True)
 
 
-def _size(file: sources.InputFile) -> int:
-    # Whether a file can be read is for the reader to say.
-    with contextlib.suppress(OSError):
-        return file.path.stat().st_size if file.path is not None else 0
-    return 0
-
-
 class _Progress:
     """A bar over the bytes read on a terminal, a line now and then elsewhere; on standard error."""
 
@@ -309,7 +355,7 @@ class _Progress:
         self._enabled = enabled
         self._started = self._said = time.monotonic()
         self._bar: Any = None
-        self._total = sum(map(_size, files)) if enabled else 0
+        self._total = sum(file.size() or 0 for file in files) if enabled else 0
         if enabled and sys.stderr is not None and sys.stderr.isatty():
             form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}" if self._total else "{elapsed}{postfix}"
             self._bar = tqdm(total=self._total or None, bar_format=form, leave=False)

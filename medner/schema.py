@@ -5,6 +5,7 @@ Nothing here is inferred from data. Within a major ``SCHEMA_VERSION`` columns ar
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -92,6 +93,11 @@ def is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def text_sha256(text: str) -> str:
+    """What the ``notes`` table holds of a note's text: the SHA-256 of its UTF-8 bytes, hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def spans_schema(*, text: bool = True, keep: Iterable[pa.Field] = ()) -> pa.Schema:

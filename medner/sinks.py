@@ -7,9 +7,10 @@ to the disk, and renamed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -22,8 +23,10 @@ import pyarrow.parquet as pq
 
 from medner import schema
 from medner.errors import OutputError
+from medner.lock import NAME as LOCK
+from medner.lock import Lock
 
-RUN, MANIFEST = "run.json", "manifest.json"
+RUN, MANIFEST, FOLDERS = "run.json", "manifest.json", ("spans", "notes")
 
 #: What a single output file may end in: the format and pyarrow's name of the compression.
 FILE_SUFFIXES = {
@@ -133,6 +136,29 @@ def json_lines(table: pa.Table) -> Iterator[bytes]:
             yield orjson.dumps(row, default=str) + b"\n"
 
 
+def json_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows of a table with the values that its JSON lines have."""
+    return map(orjson.loads, json_lines(table))
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a part, Parquet or JSONL, with JSON's values. Raises :class:`OutputError` if it is damaged."""
+    try:
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches():
+                    yield from json_rows(pa.Table.from_batches([batch]))
+        else:
+            with path.open("rb") as lines:
+                yield from map(orjson.loads, lines)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as exc:
+        raise _damaged(path) from exc
+
+
+def _damaged(path: Path) -> OutputError:
+    return OutputError(f"{path}: damaged or cut short; remove it, and --resume writes it again")
+
+
 def _short_floats(column: pa.Array) -> pa.Array:
     """Scores, alone or inside lists of spans, as float64 numbers that print as short as float32 ones."""
     if pa.types.is_floating(column.type):
@@ -216,6 +242,23 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def _sha256(path: Path) -> str:
+    with _translated(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise OutputError(f"{path}: damaged or cut short; pass --overwrite to run anew")
+    return value
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
     with atomic(path) as file:
@@ -266,65 +309,167 @@ class _TableFile:
 # Sinks
 
 
-class DirectorySink:
-    """A run directory: ``run.json``, a file for each part in ``spans/`` and ``notes/``, and ``manifest.json`` last."""
+class Sink:
+    """Where a run's parts go. Without an override nothing is recorded beside them, and nothing is kept."""
 
-    def __init__(self, path: Path, form: str, options: TableOptions, *, overwrite: bool = False) -> None:
-        """Take an absent or empty directory, or with ``overwrite`` an earlier run's. Raises :class:`OutputError`."""
+    name: str
+
+    def earlier(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """``run.json`` and ``manifest.json`` of an earlier run that this one continues, each None if there is none."""
+        return None, None
+
+    def start(self, run: dict[str, Any]) -> None:
+        """Take note of what is being run, before anything else is written."""
+
+    def kept(self, part: int) -> list[dict[str, Any]] | None:  # noqa: ARG002 - for those that override it
+        """The ``notes`` rows of a part that an earlier process committed, else None."""
+        return None
+
+    def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:
+        """Take a part's annotated batches as they come; with the last one the part is complete."""
+        raise NotImplementedError
+
+    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Complete the output; returns the manifest as it was written."""
+        return manifest
+
+    def close(self) -> None:
+        """Let go of everything; called once, after an error, too."""
+
+
+class DirectorySink(Sink):
+    """A run directory: ``run.json``, a file for each part in ``spans/`` and ``notes/``, and ``manifest.json`` last.
+
+    One process at a time writes it; see :mod:`medner.lock`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        form: str,
+        options: TableOptions,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Take an absent or empty directory, with ``overwrite`` or ``resume`` an earlier run's, too.
+
+        say: gets a line where another process's lock is waited for. Raises :class:`OutputError`.
+        """
         self._path = path
         self._form = form
         self._options = options
+        self._resume = resume
+        self._digests: dict[str, str] = {}
         self.name = str(path)
         with _translated(path):
             if path.exists() and not path.is_dir():
                 raise OutputError(f"{path}: exists and is no directory; choose another -o")
-            if path.is_dir() and any(path.iterdir()):
-                _clear(path, overwrite)
+            if _state(path) is None:
+                raise OutputError(f"{path}: not empty, and no run of medner; choose another -o")
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(path, say)
+            try:
+                state = _state(path)
+                if state != "no run" and not (overwrite or resume):
+                    raise OutputError(f"{path}: holds {state}; choose another -o, or pass --resume or --overwrite")
+                _clear(path, _LEFT_OVER if resume else (*_WRITTEN, *_LEFT_OVER))
+            except BaseException:
+                self._lock.release()
+                raise
+
+    def earlier(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """As in :class:`Sink`. Raises :class:`OutputError` where one of them cannot be read."""
+        if not self._resume:
+            return None, None
+        run, manifest = (_read_json(self._path / name) for name in (RUN, MANIFEST))
+        return run, manifest
 
     def start(self, run: dict[str, Any]) -> None:
         """Record what is being run, before anything else is written."""
         write_json(self._path / RUN, run)
         with _translated(self._path):
-            for folder in ("spans", "notes"):
+            for folder in FOLDERS:
                 (self._path / folder).mkdir(exist_ok=True)
+            _sync_directory(self._path)
 
-    def commit(self, part: int, batches: Sequence[pa.RecordBatch]) -> None:
+    def kept(self, part: int) -> list[dict[str, Any]] | None:
+        """The ``notes`` rows of a part that is committed, else None. Raises :class:`OutputError` if it is damaged."""
+        spans, notes = (self._path / folder / self._part(part) for folder in FOLDERS)
+        if not (self._resume and spans.is_file() and notes.is_file()):
+            return None
+        rows = list(read_rows(notes))
+        expected = len(rows) if self._options.nested else sum(row["n_spans"] for row in rows)
+        if sum(1 for _ in read_rows(spans)) != expected:
+            raise _damaged(spans)
+        self._digests |= {f"{file.parent.name}/{file.name}": _sha256(file) for file in (spans, notes)}
+        return rows
+
+    def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:
         """Write one part: ``spans`` first; its ``notes`` file is the mark that the part is complete."""
-        name = f"part-{part:06d}.{self._form}"
-        for folder, make, wanted in _tables(self._options):
-            with atomic(self._path / folder / name) as file:
-                table = _TableFile(file, wanted, self._form, None)
+        tables = _tables(batches, self._options)
+        self._lock.check()
+        for folder, table in zip(FOLDERS, tables, strict=True):
+            path = self._path / folder / self._part(part)
+            with atomic(path) as file:
+                draft = _TableFile(file, table.schema, self._form, None)
                 try:
-                    table.write(_concat(batches, make, wanted, self._options))
-                    table.close()
+                    draft.write(table)
+                    draft.close()
                 except BaseException:
-                    table.abandon()
+                    draft.abandon()
                     raise
+            self._digests[f"{folder}/{path.name}"] = _sha256(path)
 
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest, the mark of a finished run."""
+    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest, the mark of a finished run, with every file's SHA-256.
+
+        Raises :class:`OutputError` where the directory holds a part that this run has not.
+        """
+        self._lock.check()
+        found = (f"{folder}/{file.name}" for folder in FOLDERS for file in (self._path / folder).glob("part-*"))
+        if foreign := sorted(set(found) - self._digests.keys()):
+            raise OutputError(
+                f"{self._path / foreign[0]}: lies beyond the end of the input, which was longer when it was written; "
+                "restore the input, choose another -o, or pass --overwrite"
+            )
+        manifest = manifest | {"files": dict(sorted(self._digests.items()))}
         write_json(self._path / MANIFEST, manifest)
+        return manifest
 
-    def abort(self) -> None:
-        """Leave what is committed."""
+    def close(self) -> None:
+        """Leave what is committed, and give the directory back."""
+        self._lock.release()
+
+    def _part(self, part: int) -> str:
+        return f"part-{part:06d}.{self._form}"
 
 
-def _clear(path: Path, overwrite: bool) -> None:
-    """Remove an earlier run's files, and nothing else, or refuse."""
-    if not (path / RUN).is_file():
-        raise OutputError(f"{path}: not empty, and no run of medner; choose another -o")
-    state = "a finished run" if (path / MANIFEST).is_file() else "an unfinished run"
-    if not overwrite:
-        raise OutputError(f"{path}: holds {state}; choose another -o, or pass --overwrite")
-    # A part's notes file is its mark, so it goes before its spans. The old `run.json` stays until the new one replaces
-    # it: a directory that is cleared by half is an unfinished run.
-    patterns = (MANIFEST, "notes/part-*", "spans/part-*", ".*.tmp", "*/.part-*.tmp")
+def _state(path: Path) -> str | None:
+    """What a directory holds: ``a finished run``, ``an unfinished run``, ``no run`` or, as None, something else.
+
+    Hidden files are those of tools, such as a scheduler's, and drafts that a killed process left.
+    """
+    if (path / RUN).is_file():
+        return "a finished run" if (path / MANIFEST).is_file() else "an unfinished run"
+    visible = [entry for entry in path.iterdir() if not entry.name.startswith(".")] if path.is_dir() else []
+    return None if {entry.name for entry in visible} - {LOCK} else "no run"
+
+
+#: What a run leaves behind when it is killed, and what it writes. A part's notes file is its mark, so it goes before
+#: its spans. The old `run.json` stays until the new one replaces it: a directory that is cleared by half is an
+#: unfinished run.
+_LEFT_OVER = (".*.json.*.tmp", "notes/.part-*.tmp", "spans/.part-*.tmp")
+_WRITTEN = (MANIFEST, "notes/part-*", "spans/part-*")
+
+
+def _clear(path: Path, patterns: Iterable[str]) -> None:
     for file in (file for pattern in patterns for file in path.glob(pattern)):
         file.unlink(missing_ok=True)
 
 
-class FileSink:
+class FileSink(Sink):
     """One file of spans, with the notes table and the manifest beside it; all three appear at the end."""
 
     def __init__(self, path: Path, options: TableOptions, *, overwrite: bool = False) -> None:
@@ -344,23 +489,21 @@ class FileSink:
         self._files: list[_TableFile] = []
         try:
             with _translated(path):
-                for target, (_, _, wanted) in zip(targets, _tables(options), strict=True):
+                for target, table in zip(targets, _tables((), options), strict=True):
                     self._drafts.append(_Draft(target))
-                    self._files.append(_TableFile(self._drafts[-1].file, wanted, *FILE_SUFFIXES[suffix]))
+                    self._files.append(_TableFile(self._drafts[-1].file, table.schema, *FILE_SUFFIXES[suffix]))
         except BaseException:
-            self.abort()
+            self.close()
             raise
 
-    def start(self, run: dict[str, Any]) -> None:
-        """Nothing to record before the end: the file is not resumable."""
-
-    def commit(self, part: int, batches: Sequence[pa.RecordBatch]) -> None:  # noqa: ARG002 - the sinks' common call
+    def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:  # noqa: ARG002 - the sinks' common call
         """Append one part."""
+        tables = _tables(batches, self._options)
         with _translated(Path(self.name)):
-            for file, (_, make, wanted) in zip(self._files, _tables(self._options), strict=True):
-                file.write(_concat(batches, make, wanted, self._options))
+            for file, table in zip(self._files, tables, strict=True):
+                file.write(table)
 
-    def finish(self, manifest: dict[str, Any]) -> None:
+    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Give the files their names once both are on the disk, and write the manifest, the mark of a finished run."""
         with _translated(Path(self.name)):
             for file, draft in zip(self._files, self._drafts, strict=True):
@@ -369,9 +512,11 @@ class FileSink:
             self._manifest.unlink(missing_ok=True)
             for draft in self._drafts:
                 draft.commit()
+        manifest = manifest | {"files": {draft.path.name: _sha256(draft.path) for draft in self._drafts}}
         write_json(self._manifest, manifest)
+        return manifest
 
-    def abort(self) -> None:
+    def close(self) -> None:
         """Remove the temporary files."""
         for file in self._files:
             file.abandon()
@@ -379,7 +524,7 @@ class FileSink:
             draft.discard()
 
 
-class StreamSink:
+class StreamSink(Sink):
     """A JSON record for each input row, on a binary stream."""
 
     name = "-"
@@ -389,38 +534,25 @@ class StreamSink:
         self._stream = stream
         self._options = options
 
-    def start(self, run: dict[str, Any]) -> None:
-        """A stream records nothing but its rows."""
-
-    def commit(self, part: int, batches: Sequence[pa.RecordBatch]) -> None:  # noqa: ARG002 - the sinks' common call
-        """Write the rows and flush."""
+    def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:  # noqa: ARG002 - the sinks' common call
+        """Write the rows of each batch at once: whoever reads the stream waits for them, not for parts."""
         names = [*schema.KEY.names, "status", "reason", "spans", *_names(self._options.keep)]
-        with _translated("standard output"):
-            for batch in batches:
-                nested, notes = nest(batch, self._options), notes_table(batch, self._options)
-                columns = [(notes if name in ("status", "reason") else nested).column(name) for name in names]
+        for batch in batches:
+            nested, notes = nest(batch, self._options), notes_table(batch, self._options)
+            columns = [(notes if name in ("status", "reason") else nested).column(name) for name in names]
+            with _translated("standard output"):
                 for line in json_lines(pa.Table.from_arrays(columns, names=names)):
                     self._stream.write(line)
-            self._stream.flush()
-
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """A stream has no manifest."""
-
-    def abort(self) -> None:
-        """What was written stays written."""
+                self._stream.flush()
 
 
-Sink = DirectorySink | FileSink | StreamSink
-
-_Make = Callable[[pa.RecordBatch, TableOptions], pa.Table]
-
-
-def _tables(options: TableOptions) -> tuple[tuple[str, _Make, pa.Schema], ...]:
-    return ("spans", spans_table, options.spans_schema()), ("notes", notes_table, options.notes_schema())
-
-
-def _concat(batches: Sequence[pa.RecordBatch], make: _Make, wanted: pa.Schema, options: TableOptions) -> pa.Table:
-    return pa.concat_tables([wanted.empty_table(), *(make(batch, options) for batch in batches)]).combine_chunks()
+def _tables(batches: Iterable[pa.RecordBatch], options: TableOptions) -> tuple[pa.Table, pa.Table]:
+    """Both tables of a part. Each batch is made into rows as it comes, so that the notes' text is not held."""
+    spans, notes = [options.spans_schema().empty_table()], [options.notes_schema().empty_table()]
+    for batch in batches:
+        spans.append(spans_table(batch, options))
+        notes.append(notes_table(batch, options))
+    return pa.concat_tables(spans).combine_chunks(), pa.concat_tables(notes).combine_chunks()
 
 
 def file_format(path: Path) -> str | None:

@@ -18,7 +18,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
@@ -117,6 +117,13 @@ class InputFile:
 
     def __str__(self) -> str:
         return "standard input" if self.path is None else str(self.path)
+
+    def size(self) -> int | None:
+        """Bytes on disk; None for a stream. Whether the file can be read is for the reader to say."""
+        with suppress(OSError):
+            if self.path is not None and stat.S_ISREG((status := self.path.stat()).st_mode):
+                return status.st_size
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +244,24 @@ def _check_distinct(files: Iterable[InputFile]) -> None:
             if real in paths:
                 raise UsageError(f"{file} is given twice; pass each file once")
             paths.add(real)
+
+
+def sizes(files: Iterable[InputFile]) -> list[dict[str, Any]]:
+    """What is to be read, before it is: ``source`` and ``bytes`` of each table.
+
+    Text files, whose names may be ids, are one record for each run of them: ``text_files``, ``bytes`` and a ``sha256``
+    over the lines ``source NUL bytes LF`` in order.
+    """
+    found: list[dict[str, Any]] = []
+    for texts, group in groupby(files, key=lambda file: file.kind == "text"):
+        listed = [(file.source, file.size()) for file in group]
+        if texts:
+            names = hashlib.sha256("".join(f"{source}\0{size}\n" for source, size in listed).encode()).hexdigest()
+            total = sum(size or 0 for _, size in listed)
+            found.append({"text_files": len(listed), "bytes": total, "sha256": names})
+        else:
+            found += [{"source": source, "bytes": size} for source, size in listed]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ reading them

@@ -482,18 +482,19 @@ def test_what_the_model_does_not_see_again(tiny: Annotator, monkeypatch: pytest.
     assert (annotator.counts.inferred, annotator.counts.reused, sum(fed)) == (3, 77, 3)
 
 
-def test_windows_without_mentions_keep_nothing(tiny: Annotator, caches: list[annotate._Reuse]) -> None:
+def test_windows_without_mentions_keep_nothing(caches: list[annotate._Reuse]) -> None:
     """A window is remembered with its tags and probabilities where it has a mention, and with nothing else."""
+    annotator = testing.annotator()
     notes = ["asthma", "x y", "x fever b", "x y", "b d q x", "asthma"]
-    assert [len(row or []) for row in rows(tiny, [as_batch(notes)])] == [1, 0, 1, 0, 0, 1]
-    (cache,) = caches
-    kept = {len(key) // 4: (result.tags, result.probabilities) for key, result in cache._results.items()}
+    assert [len(row or []) for row in rows(annotator, [as_batch(notes)])] == [1, 0, 1, 0, 0, 1]
+    cache = caches[0]
+    kept = {len(key) // 4: result.kept() for key, result in cache._results.items()}
     assert sorted(kept) == [1, 2, 3, 4]
-    assert kept[2] == kept[4] == (None, None)
+    assert kept[2] is kept[4] is None
     for size, expected in ((1, [1]), (3, [0, 1, 0])):
-        tags, probabilities = kept[size]
-        assert tags is not None
-        assert probabilities is not None
+        answer = kept[size]
+        assert answer is not None
+        tags, probabilities = answer
         assert tags.tolist() == expected
         assert probabilities[expected.index(1)] == pytest.approx(score("asthma" if size == 1 else "fever"), abs=1e-6)
 
@@ -520,6 +521,38 @@ def test_reuse_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(row or []) for row in rows(annotator, [as_batch(notes)])] == [1, 1, 1, 0, 1, 1, 0, 1, 1]
     # a b c d e drives out x fever (asthma was used since) and x fever drives it out; a b c d e f g drives out both.
     assert (annotator.counts.inferred, annotator.counts.reused) == (7, 2)
+
+
+def test_reuse_lasts_from_one_stream_to_the_next(tiny: Annotator) -> None:
+    """A run is one stream for each of its parts; what an earlier one has seen is not inferred again."""
+    annotator, fed = counting(tiny, Options(threads=1))
+    for _ in range(3):
+        assert [len(row or []) for row in rows(annotator, [as_batch(["asthma", "x y"])])] == [1, 0]
+    assert (annotator.counts.inferred, annotator.counts.reused, sum(fed)) == (2, 4, 2)
+
+
+@pytest.mark.parametrize("how", ["model fails", "closed early"])
+def test_reuse_forgets_what_was_never_inferred(tiny: Annotator, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """After a stream that did not come to its end, no window counts as known whose result never came."""
+    small_jobs(monkeypatch)
+    fails = how == "model fails"
+
+    def model(ids: Any, lengths: Any) -> Any:
+        if fails:
+            raise ModelError("broken")
+        return tiny.session(ids, lengths)  # type: ignore[misc]
+
+    annotator = Annotator(tiny.bundle, model, Options(threads=1), precision="fp32")
+    batches = [as_batch([f"fever {letter}"]) for letter in "abcdefgh"]
+    stream = annotator.stream(batches)
+    if fails:
+        with pytest.raises(ModelError, match="broken"):
+            list(stream)
+    else:
+        next(stream)
+        stream.close()
+    fails = False
+    assert [len(row or []) for row in rows(annotator, batches)] == [1] * 8
 
 
 def test_what_the_memory_takes() -> None:

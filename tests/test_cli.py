@@ -269,9 +269,9 @@ FAILURES: list[tuple[str, int, str]] = [
      "medner export CHECKPOINT -o BUNDLE --precision int8 --parity-data FILE\n"),
     # output
     ("notes.jsonl -o unfinished", 6,
-     "medner: unfinished: holds an unfinished run; choose another -o, or pass --overwrite\n"),
+     "medner: unfinished: holds an unfinished run; choose another -o, or pass --resume or --overwrite\n"),
     ("notes.jsonl -o finished", 6,
-     "medner: finished: holds a finished run; choose another -o, or pass --overwrite\n"),
+     "medner: finished: holds a finished run; choose another -o, or pass --resume or --overwrite\n"),
     ("notes.jsonl -o foreign --overwrite", 6, "medner: foreign: not empty, and no run of medner; choose another -o\n"),
     ("notes.jsonl -o file", 6, "medner: file: exists and is no directory; choose another -o\n"),
     ("notes.jsonl -o file/out", 6, "medner: file/out: cannot be written: Not a directory\n"),

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -204,9 +205,12 @@ def test_what_was_run_is_recorded(tmp_path: Path, notes: Path) -> None:
     """``run.json`` is there before the first part, and the manifest begins with all that it says."""
     out = tmp_path / "out"
     manifest = go(notes, out, annotate=Options(threads=2, batch_tokens=100, min_score=0.25), max_rejected="50%")
-    assert list(manifest) == ["medner", "versions", "model", "options", "inputs", "counts", "seconds"]
+    assert list(manifest) == ["medner", "versions", "model", "options", "inputs", "counts", "seconds", "files"]
     description = json.loads((out / "run.json").read_bytes())
-    assert description == {name: manifest[name] for name in ("medner", "versions", "model", "options")}
+    sizes = [{"source": "notes.jsonl", "bytes": notes.stat().st_size}]
+    assert description == {name: manifest[name] for name in ("medner", "versions", "model", "options")} | {
+        "inputs": sizes
+    }
     assert list(manifest["versions"]) == ["onnxruntime", "tokenizers", "sentencex", "pyarrow", "numpy"]
     model = manifest["model"]
     digest = hashlib.sha256((testing.bundle() / "onnx/model.onnx").read_bytes()).hexdigest()
@@ -271,16 +275,20 @@ def test_no_rows_at_all(tmp_path: Path, form: str) -> None:
 
 
 def test_the_summary() -> None:
-    """Two lines for a person."""
-    manifest = {
+    """Two lines for a person; of a resumed run, the rate is that of its own work."""
+    manifest: dict[str, Any] = {
         "model": {"name": "default", "precision": "int8", "device": "cpu"},
         "seconds": 20.0,
         "counts": {"rows": 12345, "annotated": 12300, "rejected": 45, "spans": 67890, "windows": 50000,
-                   "windows_reused": 1234},
+                   "windows_reused": 1234, "rows_kept": 0, "windows_kept": 0},
     }  # fmt: skip
     assert summary(manifest) == (
         "12,345 notes: 12,300 annotated, 45 rejected, 67,890 spans\n"
         "default int8 on cpu, 20.0 s, 617.2 notes/s, 1,234 of 50,000 windows reused"
+    )
+    manifest["counts"] |= {"rows_kept": 10_000, "windows_kept": 40_000}
+    assert summary(manifest).splitlines()[1] == (
+        "default int8 on cpu, 20.0 s, 117.2 notes/s, 1,234 of 10,000 windows reused; 10,000 notes were annotated before"
     )
 
 
@@ -419,9 +427,11 @@ def fail_late(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException)
     owner, name = (sources.Reader, "batches") if where == "source" else (Annotator, "stream")
     original = getattr(owner, name)
 
+    count = itertools.count()
+
     def failing(*arguments: Any) -> Iterator[pa.RecordBatch]:
-        for number, batch in enumerate(original(*arguments)):
-            if number == 3:
+        for batch in original(*arguments):
+            if next(count) == 3:
                 raise error
             yield batch
 
@@ -453,8 +463,8 @@ def test_a_failure_in_the_middle(
     assert (work / "out" / "run.json").is_file()
     assert not [name for name in listing(work) if name.endswith(".tmp")]
     kept = contents(work / "out")
-    # The source fails while it is read ahead, before the first part is through.
-    assert len(kept) == (0 if where == "source" else 4)
+    # The source is read one batch ahead, where the next part begins.
+    assert len(kept) == (4 if where == "source" else 6)
     assert kept.items() <= contents(tmp_path / "whole").items()
 
 

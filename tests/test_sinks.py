@@ -4,6 +4,7 @@ import datetime
 import decimal
 import errno
 import gc
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -253,20 +254,21 @@ def test_directory_sink_writes_in_order(tmp_path: Path) -> None:
     """First run.json, then each part's spans and notes, and manifest.json at the end."""
     path = tmp_path / "new" / "run"
     sink = DirectorySink(path, "parquet", TableOptions())
-    assert names(path) == []
+    assert names(path) == ["lock.json"]
     sink.start(RUN)
-    assert names(path) == ["notes", "run.json", "spans"]
-    sink.commit(0, [two_rows()])
-    sink.commit(1, [])
+    assert names(path) == ["lock.json", "notes", "run.json", "spans"]
+    sink.write(0, [two_rows()])
+    sink.write(1, [])
     assert names(path / "spans") == names(path / "notes") == ["part-000000.parquet", "part-000001.parquet"]
     sink.finish(MANIFEST)
-    sink.abort()
+    sink.close()
     assert names(path) == [
         "manifest.json", "notes", "notes/part-000000.parquet", "notes/part-000001.parquet", "run.json", "spans",
         "spans/part-000000.parquet", "spans/part-000001.parquet",
     ]  # fmt: skip
     assert orjson.loads((path / "run.json").read_bytes()) == RUN
-    assert orjson.loads((path / "manifest.json").read_bytes()) == MANIFEST
+    tables = {file: hashlib.sha256((path / file).read_bytes()).hexdigest() for file in names(path) if "part" in file}
+    assert orjson.loads((path / "manifest.json").read_bytes()) == MANIFEST | {"files": tables}
     assert pq.read_table(path / "spans/part-000000.parquet").to_pylist()[0]["text"] == "fever"
     assert pq.read_table(path / "notes/part-000001.parquet").schema.equals(schema.notes_schema(), check_metadata=True)
 
@@ -278,9 +280,9 @@ def test_spans_are_committed_before_notes(tmp_path: Path, monkeypatch: pytest.Mo
     sink.start(RUN)
     fill_disk(monkeypatch, after=2)  # the spans file and its directory
     with pytest.raises(OutputError) as caught:
-        sink.commit(0, [two_rows()])
+        sink.write(0, [two_rows()])
     assert str(caught.value) == f"{tmp_path}/notes/part-000000.{form}: cannot be written: No space left on device"
-    sink.abort()
+    sink.close()
     gc.collect()  # what pyarrow still held complains here, if at all
     assert names(tmp_path) == ["notes", "run.json", "spans", f"spans/part-000000.{form}"]
 
@@ -290,21 +292,23 @@ def test_directory_sink_refuses_and_overwrites(tmp_path: Path) -> None:
     path = tmp_path / "run"
     sink = DirectorySink(path, "parquet", TableOptions())
     sink.start(RUN)
-    sink.commit(0, [two_rows()])
+    sink.write(0, [two_rows()])
+    sink.close()
     with pytest.raises(OutputError) as caught:
         DirectorySink(path, "parquet", TableOptions())
-    assert str(caught.value) == f"{path}: holds an unfinished run; choose another -o, or pass --overwrite"
-    sink.finish(MANIFEST)
+    assert str(caught.value) == f"{path}: holds an unfinished run; choose another -o, or pass --resume or --overwrite"
+    (path / "manifest.json").write_text("{}")
     with pytest.raises(OutputError) as caught:
         DirectorySink(path, "jsonl", TableOptions())
-    assert str(caught.value) == f"{path}: holds a finished run; choose another -o, or pass --overwrite"
+    assert str(caught.value) == f"{path}: holds a finished run; choose another -o, or pass --resume or --overwrite"
 
     (path / "mine.txt").write_text("kept")
     (path / "spans" / ".part-000001.parquet.0badcafe.tmp").write_text("left by a run that was killed")
     new = DirectorySink(path, "jsonl", TableOptions(), overwrite=True)
-    assert names(path) == ["mine.txt", "notes", "run.json", "spans"]
+    assert names(path) == ["lock.json", "mine.txt", "notes", "run.json", "spans"]
     new.start({"another": "run"})
     assert orjson.loads((path / "run.json").read_bytes()) == {"another": "run"}
+    new.close()
 
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("")
@@ -321,12 +325,12 @@ def test_file_sink_shows_nothing_before_the_end(tmp_path: Path, suffix: str, uma
     path = tmp_path / f"out{suffix}"
     sink = FileSink(path, TableOptions())
     sink.start(RUN)
-    sink.commit(0, [two_rows()])
-    sink.commit(1, [two_rows(), two_rows()])
+    sink.write(0, [two_rows()])
+    sink.write(1, [two_rows(), two_rows()])
     assert [entry.stat().st_mode & 0o777 for entry in tmp_path.iterdir()] == [0o600] * 2
     assert all(name.startswith(".out") and name.endswith(".tmp") for name in names(tmp_path))
     sink.finish(MANIFEST)
-    sink.abort()
+    sink.close()
     assert names(tmp_path) == sorted([f"out{suffix}", f"out.notes{suffix}", "out.manifest.json"])
     assert [entry.stat().st_mode & 0o777 for entry in tmp_path.iterdir()] == [0o640] * 3
     assert [row["text"] for row in read(path)] == ["fever"] * 3
@@ -349,12 +353,12 @@ def test_file_sink_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in (f"out{suffix}", f"out.notes{suffix}", "out.manifest.json"):
         (tmp_path / name).write_text("old")
     sink = FileSink(path, TableOptions(), overwrite=True)
-    sink.commit(0, [two_rows()])
+    sink.write(0, [two_rows()])
     fill_disk(monkeypatch, after=flushed)
     with pytest.raises(OutputError) as caught:
         sink.finish(MANIFEST)
     assert str(caught.value) == f"{path}: cannot be written: No space left on device"
-    sink.abort()
+    sink.close()
     gc.collect()
     assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {
         f"out{suffix}": "old", f"out.notes{suffix}": "old", "out.manifest.json": "old"
@@ -374,7 +378,7 @@ def small_files() -> Iterator[None]:
 def write_parts(sink: DirectorySink | FileSink, batch: pa.RecordBatch) -> None:
     """A run of three parts; a compressor may hold the first."""
     for part in range(3):
-        sink.commit(part, [batch])
+        sink.write(part, [batch])
     sink.finish(MANIFEST)
 
 
@@ -396,7 +400,7 @@ def test_a_write_that_fails_half_way(
 
     with pytest.raises(OutputError, match=r": cannot be written: File too large$"):
         write_parts(sink, batch)
-    sink.abort()
+    sink.close()
     del sink
     gc.collect()
     assert capfd.readouterr() == ("", "")
@@ -415,8 +419,8 @@ def test_an_interrupted_write_leaves_no_complaint(tmp_path: Path, monkeypatch: p
     sink = sink_of(tmp_path / output)
     sink.start(RUN)
     with pytest.raises(KeyboardInterrupt):
-        sink.commit(0, [two_rows()])
-    sink.abort()
+        sink.write(0, [two_rows()])
+    sink.close()
     del sink
     gc.collect()
     assert [name for name in names(tmp_path) if name.endswith(("tmp", "parquet"))] == []
@@ -431,8 +435,8 @@ def sink_of(path: Path) -> DirectorySink | FileSink:
 def test_file_sink_given_up(tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing stays of a run that failed, and pyarrow does not complain afterwards."""
     sink = FileSink(tmp_path / f"out{suffix}", TableOptions())
-    sink.commit(0, [two_rows()])
-    sink.abort()
+    sink.write(0, [two_rows()])
+    sink.close()
     del sink
     gc.collect()
     assert capfd.readouterr() == ("", "")
@@ -484,9 +488,9 @@ def test_stream_sink_writes_a_record_per_row() -> None:
     stream = io.BytesIO()
     sink = StreamSink(stream, TableOptions(text=False, keep=KEPT))
     sink.start(RUN)
-    sink.commit(0, [two_rows()])
+    sink.write(0, [two_rows()])
     sink.finish(MANIFEST)
-    sink.abort()
+    sink.close()
     score = float(str(np.float32(1 / 12)))
     assert [orjson.loads(line) for line in stream.getvalue().splitlines()] == [
         {"source": "s.jsonl", "row": 0, "note_id": "id-0", "status": "annotated", "reason": None,
@@ -507,11 +511,11 @@ def test_stream_sink_translates_all_but_a_closed_pipe() -> None:
 
     stream = Full()
     with pytest.raises(OutputError) as caught:
-        StreamSink(stream, TableOptions()).commit(0, [two_rows()])
+        StreamSink(stream, TableOptions()).write(0, [two_rows()])
     assert str(caught.value) == "standard output: cannot be written: No space left on device"
     stream.error = BrokenPipeError()
     with pytest.raises(BrokenPipeError):
-        StreamSink(stream, TableOptions()).commit(0, [two_rows()])
+        StreamSink(stream, TableOptions()).write(0, [two_rows()])
 
 
 @pytest.mark.parametrize(

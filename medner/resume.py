@@ -1,0 +1,91 @@
+"""Whether a run may go on where an earlier one stopped: what was being run, and what was read, must be the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from medner import schema, sinks
+from medner.errors import OutputError
+
+#: What may differ between two descriptions of one run: where things lie (hashes and sizes are compared instead), how
+#: the work is spread, and what is judged at the end.
+FREE = frozenset(
+    {
+        "model.name",
+        "model.device",
+        "options.inputs",
+        "options.output",
+        "options.model",
+        "options.max_rejected",
+        "options.threads",
+        "options.batch_tokens",
+        "options.reuse",
+    }
+)
+
+#: Columns of the ``notes`` table that the input alone decides.
+_GIVEN = (*schema.KEY.names, "n_chars", "text_sha256", "reason")
+
+
+def check_description(place: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with another run; raises :class:`OutputError`, naming the first difference."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    changed = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name) and name not in FREE]
+    if changed:
+        name = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise OutputError(
+            f"{place}: cannot go on with this run: {name} was {old.get(name)}, is {new.get(name)}{more}; "
+            "run as before, choose another -o, or pass --overwrite"
+        )
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value of nested mappings and lists with its dotted name."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        yield name, f"{len(value)} of them"
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{name}.{number}")
+    else:
+        yield name, value
+
+
+def check_part(
+    place: str, rows: Iterable[Mapping[str, Any]], batches: Iterable[pa.RecordBatch], keep: Sequence[str]
+) -> None:
+    """Refuse to keep a part whose notes are no longer those of the input.
+
+    rows: of the part's ``notes`` table; batches: what the reader gives for the part, ``schema.source_schema``. Raises
+    :class:`OutputError`, naming the first row that differs.
+    """
+    names = (*_GIVEN, *keep)
+    written = iter(rows)
+    for batch in batches:
+        for expected in sinks.json_rows(_given(batch, names)):
+            row = next(written, None)
+            if row is None or any(row.get(name) != expected[name] for name in names):
+                raise _changed(place, f"row {expected['row']} of {expected['source']}")
+    if next(written, None) is not None:
+        raise _changed(place, "its end")
+
+
+def _changed(place: str, where: str) -> OutputError:
+    return OutputError(
+        f"{place}: the input changed since this part was written ({where}); "
+        "restore it, choose another -o, or pass --overwrite"
+    )
+
+
+def _given(batch: pa.RecordBatch, names: Sequence[str]) -> pa.Table:
+    texts = batch.column("text").to_pylist()
+    found = {
+        "n_chars": pa.array([len(text or "") for text in texts], pa.int32()),
+        "text_sha256": pa.array([None if text is None else schema.text_sha256(text) for text in texts], pa.string()),
+    }
+    return pa.table({name: found[name] if name in found else batch.column(name) for name in names})
