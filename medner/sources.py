@@ -13,6 +13,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -39,7 +40,7 @@ Compression: TypeAlias = Literal["gz", "zst", "bz2"]
 
 BATCH_ROWS = 1_000
 _FIRST_ROWS = 8
-#: UTF-8 bytes of text in a batch, unless a single note is larger.
+#: About the bytes of text, ids and kept strings in a batch, unless a single row is larger.
 BATCH_BYTES = 4 * 2**20
 #: JSONL objects among which a column must show up.
 PROBE_OBJECTS = 1_000
@@ -59,6 +60,9 @@ _COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".bz2": "bz
 _CODECS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}
 _KNOWN = ".jsonl .ndjson .csv .tsv .txt, each also with .gz .zst .bz2, and .parquet"
 _CHUNK = 2**20
+_SHOWN_NAMES, _SHOWN_TYPE = 20, 100
+#: Kinds of views, of which rows cannot be picked out, as what they view.
+_VIEWED = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MARK = "medner.mark"
 
@@ -148,7 +152,8 @@ def discover(inputs: Sequence[str]) -> Discovery:
     """Files named by INPUT arguments: files, directories, globs and ``-``, in the order of the arguments.
 
     Within a directory or a glob files are sorted by their relative path. Raises :class:`InputError` where an argument
-    gives no file, and :class:`UsageError` for an unknown suffix, text files among tables, or a repeated source.
+    gives no file, and :class:`UsageError` for one that is empty, an unknown suffix, text files among tables, or a
+    repeated source.
     """
     files: list[InputFile] = []
     skipped = 0
@@ -169,6 +174,8 @@ def discover(inputs: Sequence[str]) -> Discovery:
 
 def _expand(name: str) -> tuple[list[InputFile], int]:
     """Files that one INPUT names, sorted, and the number of those of unknown suffix."""
+    if not name:  # as a path it would be the current directory
+        raise UsageError("an INPUT is empty; name a file, a directory, a glob or -")
     if name == "-":
         return [InputFile(None, "-", "jsonl", None)], 0
     path = Path(name)
@@ -282,9 +289,7 @@ class Reader:
         self._files = tuple(files)
         self._options = options
         self._stdin = stdin
-        kept = _kept_fields(self._files, options)
-        notes_schema(kept)  # refuses a column that is kept twice
-        self.schema = source_schema(kept)
+        self.schema = source_schema(_kept_fields(self._files, options))
         self._reset()
 
     def _reset(self) -> None:
@@ -303,7 +308,7 @@ class Reader:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Rows of all files in order, in batches of ``schema``; no batch is empty.
 
-        A batch holds at most ``BATCH_ROWS`` rows and ``BATCH_BYTES`` of text, or one larger note. Raises
+        A batch holds at most ``BATCH_ROWS`` rows and about ``BATCH_BYTES``, or one larger row. Raises
         :class:`InputError` for a file that cannot be read to its end; batches yielded until then stay valid.
         """
         self._reset()
@@ -385,6 +390,7 @@ class Reader:
             id_column = _check_parquet(file, parquet.schema_arrow, self._options)
             total, size = parquet.metadata.num_rows, os.fstat(raw.file.fileno()).st_size
             whole = self._left is None or self._left >= total
+            wanted = total if self._left is None else min(total, self._left)
             if whole:
                 raw.file.seek(0)
                 raw.drain()
@@ -400,7 +406,7 @@ class Reader:
                     self._left -= chunk.num_rows
                     if self._left == 0:
                         break
-            if whole and rows != total:
+            if rows != wanted:
                 raise _damaged(file)
             self._record(raw, rows, whole=whole)
 
@@ -435,7 +441,14 @@ class Reader:
 
 
 def _check_options(options: ReadOptions) -> None:
+    named = [*_named_columns(options), (options.encoding, "--encoding"), (options.delimiter or "", "--delimiter")]
+    for value, option in named:
+        if _SURROGATE.search(value):
+            raise UsageError(f"{option} {value!r} is no valid Unicode")
     check_kept(options.keep)
+    notes_schema(pa.field(name, pa.string()) for name in options.keep)  # refuses a column that is kept twice
+    if options.limit is not None and options.limit < 0:
+        raise UsageError("--limit must not be negative")
     if not 1 <= options.max_note_bytes < 2**31:
         raise UsageError("--max-note-bytes must lie between 1 and 2147483647")
     if options.delimiter is not None:
@@ -449,7 +462,7 @@ def _check_options(options: ReadOptions) -> None:
 
 
 def _groups(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
-    """Cut rows into lists bounded in rows and in bytes of text; a single larger note stands alone.
+    """Cut rows into lists bounded in rows and in size, which is mostly their text; a single larger row stands alone.
 
     The first lists are short, so that the first spans of a stream come soon.
     """
@@ -457,17 +470,18 @@ def _groups(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
     size = 0
     limit = min(_FIRST_ROWS, BATCH_ROWS)
     for row in rows:
-        if held and (len(held) == limit or size + row[6] > BATCH_BYTES):
+        added = row[6] + len(row[2]) + sum(map(len, filter(None, row[5])))
+        if held and (len(held) == limit or size + added > BATCH_BYTES):
             yield held
             held, size, limit = [], 0, min(2 * limit, BATCH_ROWS)
         held.append(row)
-        size += row[6]
+        size += added
     if held:
         yield held
 
 
 def _read_id(value: object) -> tuple[str | None, Reason | None]:
-    """The id as text, or why it cannot be one. None and an empty string are no id."""
+    """The id as text, or why it cannot be one. None, an empty string and NaN, pandas' missing number, are no id."""
     if value is None:
         return None, None
     if isinstance(value, str):
@@ -475,7 +489,7 @@ def _read_id(value: object) -> tuple[str | None, Reason | None]:
     if isinstance(value, int) and not isinstance(value, bool):
         return (str(value), None) if -(2**63) <= value < 2**64 else (None, Reason.ID_RANGE)
     if isinstance(value, float):
-        return repr(value), None
+        return None if math.isnan(value) else repr(value), None
     if isinstance(value, Decimal):
         return format(value, "f"), None
     return None, Reason.ID_TYPE
@@ -489,7 +503,7 @@ class _Raw(io.RawIOBase):
 
     def __init__(self, file: InputFile, stdin: BinaryIO | None) -> None:
         self.name = file
-        self.file: BinaryIO = (stdin or sys.stdin.buffer) if file.path is None else file.path.open("rb")
+        self.file: BinaryIO = _standard_input(stdin) if file.path is None else file.path.open("rb")
         self._sha256 = hashlib.sha256()
         self._bytes = 0
         #: How far the reading of rows has come, in bytes of the file.
@@ -536,6 +550,15 @@ class _Raw(io.RawIOBase):
         return size, self._sha256.hexdigest() if whole else None
 
 
+def _standard_input(given: BinaryIO | None) -> BinaryIO:
+    if given is not None:
+        return given
+    # Python's is None where the process was started without one.
+    if cast(object, sys.stdin) is None:
+        raise InputError("cannot read standard input: it is closed; pipe JSON lines into it, or name a file")
+    return sys.stdin.buffer
+
+
 @contextmanager
 def _translated(file: InputFile) -> Iterator[None]:
     """The border where foreign errors become :class:`InputError`. Their own texts may hold data and stay out."""
@@ -545,7 +568,14 @@ def _translated(file: InputFile) -> Iterator[None]:
         if exc.errno is None:  # pyarrow's own, from a decompressor or the Parquet reader
             raise _damaged(file) from exc
         raise InputError(f"cannot read {file}: {exc.strerror}") from exc
-    except (pa.ArrowException, csv.Error, UnicodeError) as exc:
+    except UnicodeError as exc:
+        if file.kind == "parquet":
+            raise _damaged(file) from exc
+        raise InputError(  # what bytes decode to is never an error, only that a mark is not there
+            f"cannot read {file}: its text is not as --encoding says; "
+            "name another encoding, such as utf-16-le for UTF-16 without a byte-order mark"
+        ) from exc
+    except (pa.ArrowException, csv.Error) as exc:
         raise _damaged(file) from exc
 
 
@@ -601,9 +631,11 @@ def _kept_fields(files: Sequence[InputFile], options: ReadOptions) -> list[pa.Fi
                 for name in options.keep:
                     types[name].add(arrow.field(name).type)
         elif file.kind == "csv":
+            if file.path is not None and file.path.is_fifo():
+                continue  # it can be read only once; its header is checked then
             with _translated(file), _Raw(file, None) as raw:
                 lines = _CsvLines(file, _decoded(file, raw, options.encoding), options)
-                _csv_header(file, csv.reader(lines, delimiter=_delimiter(file, options)), options)
+                _csv_header(file, lines, csv.reader(lines, delimiter=_delimiter(file, options)), options)
         elif file.kind == "text":
             named = [options.id_column] if options.id_column is not None else []
             if absent := [*named, *options.keep]:
@@ -614,13 +646,29 @@ def _kept_fields(files: Sequence[InputFile], options: ReadOptions) -> list[pa.Fi
 
 def _kept_type(name: str, found: set[pa.DataType], only_parquet: bool) -> pa.DataType:
     if only_parquet and len(found) == 1:
-        return next(iter(found))
+        (kind,) = found
+        return _carried(name, _VIEWED.get(kind, kind))
     for kind in found:
         try:
             pa.nulls(0, kind).cast(pa.string())
         except pa.ArrowNotImplementedError as exc:
-            raise InputError(f"--keep {name}: its type differs between files, and {kind} is no string") from exc
+            raise InputError(f"--keep {name}: its type differs between files, and {_type(kind)} is no string") from exc
     return pa.string()
+
+
+def _carried(name: str, kind: pa.DataType) -> pa.DataType:
+    """The type, if rows of it can be picked out, as the table of spans needs."""
+    try:
+        pa.nulls(0, kind).take(pa.array([], pa.int64()))
+    except pa.ArrowNotImplementedError as exc:
+        raise InputError(f"--keep {name}: {_type(kind)} cannot be carried into the output; cast it first") from exc
+    return kind
+
+
+def _type(kind: pa.DataType) -> str:
+    """A type in a message: a nested one names all its fields, and there may be many."""
+    name = str(kind)
+    return name if len(name) <= _SHOWN_TYPE else f"{name[:_SHOWN_TYPE]}..."
 
 
 def _check_names(file: InputFile, names: Sequence[str], options: ReadOptions, found: str) -> str | None:
@@ -643,6 +691,12 @@ def _named_columns(options: ReadOptions) -> list[tuple[str, str]]:
     return [*named, *((name, "--keep") for name in options.keep)]
 
 
+def _listed(names: Sequence[str]) -> str:
+    """Column names in a message of a line, whatever their number and whatever stands in them."""
+    shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN_NAMES]]
+    return ", ".join([*shown, *([f"and {len(names) - len(shown)} more"] if len(shown) < len(names) else [])]) or "none"
+
+
 def _no_column(file: InputFile, name: str, option: str, found: str) -> InputError:
     return InputError(f"{file} has no column {name!r}{found}; name another with {option}")
 
@@ -651,11 +705,14 @@ def _no_column(file: InputFile, name: str, option: str, found: str) -> InputErro
 
 
 def _json_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions, probe: int) -> Iterator[_Record]:
-    """Records of a JSONL file. A named column must be in one of the first ``probe`` objects, if there are any."""
+    """Records of a JSONL file. A named column must be in one of the first ``probe`` objects, if there are any.
+
+    Of a key that stands twice in an object the last value counts.
+    """
     most = HELD_PER_NOTE * options.max_note_bytes + _CHUNK
     column, id_column, keep = options.text_column, options.id_column or "note_id", options.keep
     nothing: _Kept = (None,) * len(keep)
-    unseen = {column} if options.id_column is None else {column, options.id_column}
+    unseen = {name for name, _ in _named_columns(options)}
     objects = 0
     for line in _lines(text, most):
         if len(line) >= most - 1 and not line.endswith("\n"):
@@ -698,7 +755,7 @@ def _check_seen(file: InputFile, unseen: set[str], objects: int, options: ReadOp
 def _json_value(record: dict[str, Any], name: str, line: str) -> Any:
     """A value of an object, with integers beyond 64 bits, which orjson turns into floats, as the integers they are."""
     value = record.get(name)
-    if type(value) is float and abs(value) >= 2**63:
+    if (type(value) is float and abs(value) >= 2**63) or type(value) in (dict, list):
         exact = _parse(line)
         return exact.get(name) if isinstance(exact, dict) else value
     return value
@@ -762,7 +819,7 @@ class _CsvLines:
 def _csv_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions) -> Iterator[_Record]:
     lines = _CsvLines(file, text, options)
     reader = csv.reader(lines, delimiter=_delimiter(file, options))
-    width, column, id_column, keep = _csv_header(file, reader, options)
+    width, column, id_column, keep = _csv_header(file, lines, reader, options)
     nothing: _Kept = (None,) * len(keep)
     lines.held = 0
     for fields in reader:
@@ -781,13 +838,15 @@ def _csv_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions) 
 
 
 def _csv_header(
-    file: InputFile, reader: Iterator[list[str]], options: ReadOptions
+    file: InputFile, lines: _CsvLines, reader: Iterator[list[str]], options: ReadOptions
 ) -> tuple[int, int, int | None, list[int]]:
     """Read the header; its width and the places of the text, the id and the kept columns.
 
     Messages do not list the columns found: in a file without a header they are a note.
     """
     header = next(filter(None, reader), [])
+    if header and lines.open:
+        raise InputError(f"{file}: a quote in its header is not closed; write the file again")
     id_column = _check_names(file, header, options, "")
     return (
         len(header),
@@ -813,17 +872,21 @@ def _parquet(file: BinaryIO) -> pq.ParquetFile:
 
 def _check_parquet(file: InputFile, arrow: pa.Schema, options: ReadOptions) -> str | None:
     """Check the columns that the options name; returns the id column, None where the file has none."""
-    id_column = _check_names(file, arrow.names, options, f" (it has {', '.join(arrow.names) or 'none'})")
+    id_column = _check_names(file, arrow.names, options, f" (it has {_listed(arrow.names)})")
     kind = arrow.field(options.text_column).type
     if not is_text(kind):
-        raise InputError(f"{file}: column {options.text_column!r} holds {kind}, not text; cast it to a string first")
+        raise InputError(
+            f"{file}: column {options.text_column!r} holds {_type(kind)}, not text; cast it to a string first"
+        )
     if id_column is None:
         return None
     kind = arrow.field(id_column).type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     numbers = pa.types.is_integer(plain) or pa.types.is_floating(plain) or pa.types.is_decimal(plain)
     if not (is_text(plain) or numbers or pa.types.is_null(plain)):
-        raise InputError(f"{file}: column {id_column!r} holds {kind}, not strings or numbers; name another id column")
+        raise InputError(
+            f"{file}: column {id_column!r} holds {_type(kind)}, not strings or numbers; name another id column"
+        )
     return id_column
 
 

@@ -8,8 +8,10 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import random
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -171,6 +173,11 @@ def test_inputs_that_cannot_be_found(tmp_path: Path) -> None:
     )
 
 
+def test_an_empty_argument_is_not_the_current_directory() -> None:
+    """A shell variable that is not set does not make medner read everything that lies about."""
+    assert refused(UsageError, lambda: discover([""])) == "an INPUT is empty; name a file, a directory, a glob or -"
+
+
 def test_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the operating system says about a directory becomes an input error."""
 
@@ -226,6 +233,12 @@ def test_sources_that_would_be_the_same(tmp_path: Path) -> None:
         ({"delimiter": ""}, "--delimiter must be one character, or \\t for a tab, and no quote or line end"),
         ({"max_note_bytes": 0}, "--max-note-bytes must lie between 1 and 2147483647"),
         ({"max_note_bytes": 2**31}, "--max-note-bytes must lie between 1 and 2147483647"),
+        ({"limit": -1}, "--limit must not be negative"),
+        ({"delimiter": "\udcff"}, "--delimiter '\\udcff' is no valid Unicode"),
+        ({"encoding": "\udcff"}, "--encoding '\\udcff' is no valid Unicode"),
+        ({"text_column": "a\udcff"}, "--text-column 'a\\udcff' is no valid Unicode"),
+        ({"id_column": "\ud800"}, "--id-column '\\ud800' is no valid Unicode"),
+        ({"keep": ("ward", "\udcff")}, "--keep '\\udcff' is no valid Unicode"),
         ({"keep": ("label",)}, "--keep label: the output has a column of that name already; rename it in the input"),
         ({"keep": ("ward", "ward")}, "a column was kept twice; name each --keep once"),
     ],
@@ -341,6 +354,16 @@ def test_legacy_encoding_and_bytes_it_does_not_have(tmp_path: Path) -> None:
     assert [row["text"] or row["reason"] for row in rows] == ["café", "undecodable bytes"]
 
 
+@pytest.mark.parametrize("name", ["n.jsonl", "n.csv", "n.txt"])
+def test_utf16_without_its_mark(tmp_path: Path, name: str) -> None:
+    """Where the encoding asks for a byte-order mark that is not there, the message says what to name instead."""
+    path = write(tmp_path / name, '{"text": "a"}\n'.encode("utf-16-le"))
+    assert refused(InputError, lambda: read(path, encoding="utf-16")) == (
+        f"cannot read {path}: its text is not as --encoding says; "
+        "name another encoding, such as utf-16-le for UTF-16 without a byte-order mark"
+    )
+
+
 def test_damaged_utf16(tmp_path: Path) -> None:
     """Half a surrogate pair or half a code unit in UTF-16 rejects its row alone."""
     data = '{"text": "a"}\n{"text": "b'.encode("utf-16-le") + b"\x00\xd8" + '"}\n{"text": "c"}\n'.encode("utf-16-le")
@@ -368,6 +391,45 @@ def test_jsonl_column_in_none_of_the_first_objects(tmp_path: Path) -> None:
     assert refused(InputError, lambda: read(short, text_column="body", id_column="mrn")) == (
         f"{short} has no column 'mrn' in its first 2 objects; name another with --id-column"
     )
+
+
+def test_jsonl_kept_column_in_none_of_the_first_objects(tmp_path: Path) -> None:
+    """A name to keep that no object has is refused as in any other format; one object that has it is enough."""
+    path = write_jsonl(tmp_path / "n.jsonl", {"text": "x"}, {"text": "y", "ward": "ICU"})
+    assert [row["ward"] for row in read(path, keep=("ward",))] == [None, "ICU"]
+    assert refused(InputError, lambda: read(path, keep=("wrad",))) == (
+        f"{path} has no column 'wrad' in its first 2 objects; name another with --keep"
+    )
+
+
+@pytest.mark.parametrize("text", ['1, "text": "x"', 'null, "text": "x"', '"\\ud7ff", "text": "x"'])
+def test_jsonl_of_a_repeated_key_the_last_value_counts(tmp_path: Path, text: str) -> None:
+    """Whatever stood before it; the same holds for ids and kept values."""
+    path = write(tmp_path / "n.jsonl", f'{{"note_id": [], "ward": 1, "text": {text}, "note_id": 2, "ward": "A"}}\n')
+    (row,) = read(path, keep=("ward",))
+    assert (row["note_id"], row["text"], row["ward"]) == ("2", "x", "A")
+    path = write(tmp_path / "n.jsonl", '{"text": "x", "text": null}\n')
+    assert brief(read(path)) == [("n.jsonl:0", "text is null")]
+
+
+@pytest.mark.parametrize(("depth", "taken"), [(900, True), (2000, False), (100_000, False)])
+def test_deeply_nested_json(tmp_path: Path, depth: int, taken: bool) -> None:
+    """Nesting beside the text does no harm up to 1,024 levels; beyond them the line is rejected, and it alone."""
+    deep = "[" * depth + "]" * depth
+    path = write(tmp_path / "n.jsonl", f'{{"text": "x", "deep": {deep}}}\n{{"text": "y"}}\n')
+    assert brief(read(path)) == [("n.jsonl:0", "x" if taken else "malformed JSON"), ("n.jsonl:1", "y")]
+
+
+@pytest.mark.parametrize("name", ["n.jsonl", "n.csv"])
+def test_mixed_line_ends(tmp_path: Path, name: str) -> None:
+    """Records of one file may end in different ways; a lone carriage return ends one in CSV, and none in JSONL."""
+    ends = ("\r\n", "\n", "\r\n\r\n", "\r" if name == "n.csv" else "\r\r\n", "\n\n\n", "")
+    notes = [f"a{place}\rb\nc\r\nd" for place in range(6)]
+    write_one = json.dumps if name == "n.jsonl" else '"{}"'.format
+    lines = [write_one({"text": note} if name == "n.jsonl" else note) for note in notes]
+    head = "" if name == "n.jsonl" else "text\r"
+    path = write(tmp_path / name, head + "".join(map("".join, zip(lines, ends, strict=True))))
+    assert brief(read(path)) == [(f"{name}:{place}", note) for place, note in enumerate(notes)]
 
 
 def test_jsonl_without_objects(tmp_path: Path) -> None:
@@ -409,6 +471,14 @@ def test_standard_input(tmp_path: Path) -> None:
     ]
     digest = hashlib.sha256(stream.getvalue()).hexdigest()
     assert source.inputs() == [{"source": "-", "bytes": len(stream.getvalue()), "sha256": digest, "rows": 2}]
+
+
+def test_standard_input_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without a standard input says so."""
+    monkeypatch.setattr("sys.stdin", None)
+    assert refused(InputError, lambda: read("-")) == (
+        "cannot read standard input: it is closed; pipe JSON lines into it, or name a file"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- CSV
@@ -454,6 +524,25 @@ def test_csv_open_quote(tmp_path: Path) -> None:
     assert brief(read(path)) == [("1", "a"), ("n.csv:1", "a quote is not closed")]
     last = write(tmp_path / "last.csv", "note_id,text\n1,a\n2,b")
     assert brief(read(last)) == [("1", "a"), ("2", "b")]
+
+
+@pytest.mark.parametrize("data", ['note_id,text,"ward\n1,a,x\n2,b,y\n', '"text\na\nb', '\n\n"text\n'])
+def test_csv_open_quote_in_the_header(tmp_path: Path, data: str) -> None:
+    """A header that goes on to the end of the file would leave no notes, so it is an error."""
+    path = write(tmp_path / "n.csv", data)
+    assert refused(InputError, lambda: reader(path)) == (
+        f"{path}: a quote in its header is not closed; write the file again"
+    )
+
+
+def test_csv_from_a_pipe(tmp_path: Path) -> None:
+    """A named pipe is read once, from its start to its end."""
+    path = tmp_path / "n.csv"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=("text\nAngina.\nGout.\n",))
+    writer.start()
+    assert brief(read(path)) == [("n.csv:0", "Angina."), ("n.csv:1", "Gout.")]
+    writer.join()
 
 
 def test_csv_record_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -560,6 +649,7 @@ def test_parquet_dictionary_text(tmp_path: Path) -> None:
         (pa.array([2**64 - 1, 0], pa.uint64()), ["18446744073709551615", "0"]),
         (pa.array([-(2**63), 2**53 + 1], pa.int64()), ["-9223372036854775808", "9007199254740993"]),
         (pa.array([12.0, 0.5], pa.float64()), ["12.0", "0.5"]),
+        (pa.array([math.nan, -0.0], pa.float64()), ["n.parquet:0", "-0.0"]),
         (
             pa.array(["12345678901234567890123", None]).cast(pa.decimal128(38)),
             ["12345678901234567890123", "n.parquet:1"],
@@ -585,6 +675,23 @@ def test_parquet_ids(tmp_path: Path, ids: pa.Array, expected: list[str]) -> None
         ({"text": pa.nulls(1)}, {}, "{}: column 'text' holds null, not text; cast it to a string first"),
         ({"text": [["x"]]}, {}, "{}: column 'text' holds list<element: string>, not text; cast it to a string first"),
         (
+            {"text": [{"text": "x"}]},
+            {},
+            "{}: column 'text' holds struct<text: string>, not text; cast it to a string first",
+        ),
+        (
+            {"text": [{f"field {number}": "x" for number in range(99)}]},
+            {},
+            "{}: column 'text' holds struct<field 0: string, field 1: string, field 2: string, field 3: string, "
+            "field 4: string, field 5:..., not text; cast it to a string first",
+        ),
+        (
+            {"a\nb": ["x"]} | {f"c{number}": ["x"] for number in range(99)},
+            {},
+            "{} has no column 'text' (it has 'a\\nb', c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, "
+            "c15, c16, c17, c18, and 80 more); name another with --text-column",
+        ),
+        (
             {"text": ["x"], "note_id": [True]},
             {},
             "{}: column 'note_id' holds bool, not strings or numbers; name another id column",
@@ -603,6 +710,22 @@ def test_parquet_column_there_twice(tmp_path: Path) -> None:
     assert refused(InputError, lambda: reader(tmp_path)) == (
         f"{tmp_path}/n.parquet has more than one column 'text'; rename all but one"
     )
+
+
+@pytest.mark.parametrize("limit", [None, 4])
+def test_parquet_with_fewer_rows_than_it_says(tmp_path: Path, limit: int | None) -> None:
+    """Rows that a file counts and does not hold are not passed over, also where a limit lies beyond them."""
+    path = write_parquet(tmp_path / "n.parquet", text=["x"] * 3)
+    whole = path.read_bytes()
+    # In the footer's Thrift a zigzag integer follows the schema: num_rows, and the row group's own near the end.
+    changed = whole.replace(b"\x16\x06\x19", b"\x16\x0a\x19")
+    assert len(changed) == len(whole)
+    assert pq.read_metadata(pa.BufferReader(changed)).num_rows == 5
+    path.write_bytes(changed)
+    assert refused(InputError, lambda: read(path, limit=limit)) == (
+        f"cannot read {path}: it is no parquet file, or damaged; copy or write it again"
+    )
+    assert len(read(path, limit=3)) == 3
 
 
 def test_unreadable_parquet(tmp_path: Path) -> None:
@@ -628,6 +751,7 @@ def test_kept_columns_of_tables_of_text(tmp_path: Path) -> None:
         {"text": "c", "ward": None},
         {"text": "d", "ward": False, "age": 10**25},
         {"text": None, "ward": "ER"},
+        {"text": "e", "ward": [10**25, {"a": -(2**64)}], "age": 1e30},
     )
     rows = read(tmp_path, keep=("ward", "age"))
     assert [(row["ward"], row["age"]) for row in rows] == [
@@ -638,6 +762,7 @@ def test_kept_columns_of_tables_of_text(tmp_path: Path) -> None:
         (None, None),
         ("false", "10000000000000000000000000"),
         ("ER", None),
+        ('[10000000000000000000000000,{"a":-18446744073709551616}]', "1e+30"),
     ]
 
 
@@ -682,6 +807,26 @@ def test_kept_types_that_differ(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("view", "plain"), [(pa.string_view(), pa.string()), (pa.binary_view(), pa.binary())], ids=["string", "binary"]
+)
+def test_kept_parquet_views_become_plain(tmp_path: Path, view: pa.DataType, plain: pa.DataType) -> None:
+    """Rows of views cannot be picked out, as the tables need, so a view is kept as what it views."""
+    path = write_parquet(tmp_path / "n.parquet", text=["x", "y", "z"], ward=pa.array(["ICU", None, "ER"]).cast(view))
+    source = reader(path, keep=("ward",))
+    assert source.schema.field("ward").type == plain
+    table = pa.Table.from_batches(source.batches(), source.schema)
+    assert table.column("ward").cast(pa.string()).to_pylist() == ["ICU", None, "ER"]
+
+
+def test_kept_types_that_cannot_be_carried(tmp_path: Path) -> None:
+    """Where Arrow cannot pick out rows of a type, as of lists of views, it is refused before anything is read."""
+    path = write_parquet(tmp_path / "n.parquet", text=["x"], ward=pa.array([["ICU"]], pa.list_(pa.string_view())))
+    assert refused(InputError, lambda: reader(path, keep=("ward",))) == (
+        "--keep ward: list<element: string_view> cannot be carried into the output; cast it first"
+    )
+
+
 def test_kept_parquet_strings_are_mended(tmp_path: Path) -> None:
     """Bytes that are no UTF-8 are replaced in a kept string column, so that every sink can write it."""
     path = write_parquet(tmp_path / "n.parquet", text=["x", "y"], ward=invalid([b"w\xff", None], pa.string()))
@@ -707,6 +852,15 @@ def test_batches_are_bounded_in_rows_and_bytes(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / f"t/{number}.txt", small)
     assert [batch.num_rows for batch in reader(tmp_path / "t").batches()] == [3]
+
+
+def test_batches_are_bounded_by_what_is_kept(tmp_path: Path) -> None:
+    """Large kept values and ids count as text does, so that a batch of many short notes fits into memory."""
+    ward = "w" * 2**20
+    write_jsonl(tmp_path / "n.jsonl", *({"text": "x", "ward": ward} for _ in range(9)))
+    assert [batch.num_rows for batch in reader(tmp_path, keep=("ward",)).batches()] == [3, 3, 3]
+    write_jsonl(tmp_path / "n.jsonl", *({"text": "x", "note_id": ward} for _ in range(9)))
+    assert [batch.num_rows for batch in reader(tmp_path).batches()] == [3, 3, 3]
 
 
 def test_limit_counts_rows_of_all_files(tmp_path: Path) -> None:
