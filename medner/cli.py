@@ -171,11 +171,11 @@ def _renaming(given: str) -> tuple[str, str]:
 @click.option(
     "--precision",
     "precisions",
-    type=click.Choice(["fp32", "int8"]),
+    type=click.Choice(["fp32", "int8", "fp16"]),
     multiple=True,
     default=("fp32", "int8"),
     show_default=True,
-    help="Variant to write; repeatable.",
+    help="Variant to write; repeatable. fp16 is for GPUs.",
 )
 @click.option(
     "--parity-data", required=True, metavar="FILE", help="Real text for the gate: labelled documents or notes."
@@ -261,6 +261,20 @@ def compare(**given: Any) -> None:
 
 
 @cli.command()
+@click.argument("output", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--notes", multiple=True, metavar="INPUT", help="What was annotated, to compare spans with; repeatable.")
+def verify(output: Path, notes: tuple[str, ...]) -> None:
+    """Check that a finished run's output is whole and agrees with its manifest.
+
+    DIR is a run directory, or the file of spans that a run wrote. Rows, counts, offsets and every file's hash are
+    checked; with --notes, every span against its text, too. The first contradiction is exit code 1.
+    """
+    from medner import verify as verifying
+
+    _print(verifying.verify(output, notes))
+
+
+@cli.command()
 @click.argument("model", default="default", metavar="[BUNDLE]")
 def info(model: str) -> None:
     """Show what a bundle holds, and check every file's hash."""
@@ -269,6 +283,31 @@ def info(model: str) -> None:
     found = bundle.load(model)
     found.check()
     _print(bundle.describe(found))
+
+
+@cli.command()
+@click.option("--model", default="default", show_default=True, metavar="DIR|NAME", help="Bundle or ONNX model.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=".",
+    metavar="OUT",
+    help="Where a run would write.  [default: the working directory]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(model: str, output: Path, device: str, as_json: bool) -> None:
+    """Check the installation: onnxruntime, processor, GPU with driver and libraries, model, output.
+
+    Prints a line for each check: ok, note (it works, at a cost) or problem, with what to do. Exit code 1 where there is
+    a problem.
+    """
+    from medner import doctor as examining
+
+    findings = examining.examine(model, output, device)
+    _print(examining.as_json(findings) if as_json else examining.text(findings))
+    examining.judge(findings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,15 +350,15 @@ def _exit_code(arguments: list[str] | None) -> int:
     except MednerError as exc:
         _say(str(exc))
         return exc.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _say("interrupted")
+    except (KeyboardInterrupt, click.Abort) as exc:
+        _say("; ".join(["interrupted", *_notes(exc)]))
         return 130
-    except _Terminated:
-        _say("terminated")
+    except _Terminated as exc:
+        _say("; ".join(["terminated", *_notes(exc)]))
         return 143
     except BrokenPipeError:  # the reader has what it wanted
         return 0
-    except Exception as exc:  # a defect of medner; its message might hold note text, its type and place do not
+    except BaseException as exc:  # a defect of medner, or a panic of Rust code; the message might hold note text
         _say(f"internal error: {type(exc).__name__} in {_place(exc)}; MEDNER_DEBUG=1 shows the traceback")
         if os.environ.get("MEDNER_DEBUG"):
             raise
@@ -332,7 +371,12 @@ def _say(message: str) -> None:
         click.echo(f"medner: {message}", err=True)
 
 
-def _place(exc: Exception) -> str:
+def _notes(exc: BaseException) -> list[str]:
+    """What the functions that an exception passed through had to add."""
+    return getattr(exc, "__notes__", [])
+
+
+def _place(exc: BaseException) -> str:
     trace = exc.__traceback__
     place = "?"
     while trace is not None:

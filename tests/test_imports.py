@@ -30,7 +30,7 @@ ALLOWED = {
     "": {"annotate", "schema"},
 }
 #: Nothing that serves an annotation run may import these.
-ON_TOP = {"train", "pytorch", "parity", "engines", "compare", "comparison", "evaluate", "cli"}
+ON_TOP = {"train", "pytorch", "parity", "engines", "compare", "comparison", "evaluate", "verify", "doctor", "cli"}
 BELOW = [*ALLOWED, "run"]
 
 #: Packages that only some modules may import.
