@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 
 from medner import bundle as bundles
 from medner import decode, parity, runtime
-from medner.errors import CheckFailed, MissingPackage, OutputError, UsageError
+from medner.annotate import Ints
+from medner.errors import CheckFailed, MissingPackage, ModelError, OutputError, UsageError
 from medner.pytorch import TorchModel
 
-#: Precisions that can be exported.
-PRECISIONS = ("fp32", "int8")
+#: Precisions that can be exported, and those that are where none is asked for.
+PRECISIONS = ("fp32", "int8", "fp16")
+DEFAULT = ("fp32", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class ExportOptions:
     checkpoint: Path
     output: Path
     parity_data: str
-    precisions: tuple[str, ...] = PRECISIONS
+    precisions: tuple[str, ...] = DEFAULT
     window: int | None = None
     packed: bool = True
     split: str = "devel"
@@ -53,7 +55,7 @@ def export(options: ExportOptions) -> str:
     """
     _check(options)
     try:
-        from medner.export import convert, optimize, verify
+        from medner.export import convert, verify
     except ImportError as exc:
         raise MissingPackage('exporting needs: pip install "medner[export]"') from exc
 
@@ -73,17 +75,13 @@ def export(options: ExportOptions) -> str:
         gate.report.windows_tried = tried
         if not gate.check("fp32", graphs["fp32"]).passed:
             raise verify.failure("fp32", gate.report)
-        failed: CheckFailed | None = None
-        if "int8" in graphs:
-            samples = verify.samples(checkpoint, data)
-            # Fixed scales are faster; where they cost this model too much, every row gets its own.
-            for gate.report.int8_scales, static_bits in (("fixed", optimize.STATIC_BITS), ("a row's own", -math.inf)):
-                optimize.to_int8(graphs["fp32"], graphs["int8"], samples, static_bits)
-                if gate.check("int8", graphs["int8"]).passed:
-                    break
-            else:
-                failed = verify.failure("int8", gate.report)
-                graphs["int8"].unlink()
+        samples = verify.samples(checkpoint, data) if len(graphs) > 1 else []
+        failures: list[CheckFailed] = []
+        for precision, make in (("int8", _int8), ("fp16", _fp16)):
+            failure = make(gate, graphs, samples, options.checkpoint) if precision in graphs else None
+            if failure is not None:
+                failures.append(failure)
+                graphs[precision].unlink()
         if "fp32" not in options.precisions:
             graphs["fp32"].unlink()
         if any(graph.exists() for graph in graphs.values()):
@@ -91,9 +89,41 @@ def export(options: ExportOptions) -> str:
             if options.output.exists():
                 options.output.rename(scratch / "replaced")
             target.rename(options.output)
-    if failed:
-        raise failed
+    if failures:
+        raise CheckFailed("\n".join(map(str, failures)))
     return verify.summary(gate.report)
+
+
+def _int8(gate: parity.Gate, graphs: Mapping[str, Path], samples: Sequence[Ints], _: Path) -> CheckFailed | None:
+    """Write the int8 variant and hold it against PyTorch."""
+    from medner.export import optimize, verify
+
+    # Fixed scales are faster; where they cost this model too much, every row gets its own.
+    for gate.report.int8_scales, static_bits in (("fixed", optimize.STATIC_BITS), ("a row's own", -math.inf)):
+        optimize.to_int8(graphs["fp32"], graphs["int8"], samples, static_bits)
+        if gate.check("int8", graphs["int8"]).passed:
+            return None
+    return verify.failure("int8", gate.report)
+
+
+def _fp16(
+    gate: parity.Gate, graphs: Mapping[str, Path], samples: Sequence[Ints], checkpoint: Path
+) -> CheckFailed | None:
+    """Write the fp16 variant and hold it against PyTorch, on the CPU: as it is, and with a GPU's roundings."""
+    from medner.export import half, verify
+
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        rounded = Path(scratch) / "rounded.onnx"
+        gate.report.fp16_operators = str(half.to_fp16(graphs["fp32"], graphs["fp16"], samples, config, rounded))
+        try:
+            for graph in (graphs["fp16"], rounded):
+                if not gate.check("fp16", graph).passed:
+                    return verify.failure("fp16", gate.report)
+        except ModelError as exc:
+            gate.report.variants.pop("fp16", None)
+            return CheckFailed(f"parity gate: the fp16 variant failed on {gate.report.data} and was not written: {exc}")
+    return None
 
 
 @contextlib.contextmanager
@@ -110,7 +140,7 @@ def _scratch(output: Path) -> Iterator[Path]:
 def _check(options: ExportOptions) -> None:
     unknown = set(options.precisions) - set(PRECISIONS)
     if unknown or not options.precisions:
-        raise UsageError(f"--precision {', '.join(sorted(unknown)) or 'none'}: use {' or '.join(PRECISIONS)}")
+        raise UsageError(f"--precision {', '.join(sorted(unknown)) or 'none'}: use {', '.join(PRECISIONS)}")
     output = options.output
     if output.exists():
         if not (output / bundles.MANIFEST).is_file():

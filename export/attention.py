@@ -29,7 +29,7 @@ _POSITIONWISE = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class Block:
     """One layer's attention. queries, keys, values: [batch, length, heads * size]; context: the value it makes."""
 
     queries: str
@@ -49,25 +49,31 @@ def rewrite(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     graph = Graph(changed)
-    softmaxes = graph.nodes("Softmax")
-    blocks = [block for block in map(_Matcher(graph).block, softmaxes) if block is not None]
+    blocks = find_blocks(graph)
     root = _root(graph, blocks)
-    if not blocks or len(blocks) != len(softmaxes) or root is None:
+    if root is None:
         return model, 0
     _rebuild(graph, blocks, root)
     graph.finish()
-    return (changed, len(blocks)) if _is_equal(model, changed) else (model, 0)
+    return (changed, len(blocks)) if have_equal_logits(model, changed) else (model, 0)
+
+
+def find_blocks(graph: Graph) -> list[Block]:
+    """The attention of every layer, by its form alone; none where one softmax of the graph has another form."""
+    softmaxes = graph.nodes("Softmax")
+    blocks = [block for block in map(_Matcher(graph).block, softmaxes) if block is not None]
+    return blocks if len(blocks) == len(softmaxes) else []
 
 
 class _Matcher:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
 
-    def block(self, softmax: onnx.NodeProto) -> _Block | None:
+    def block(self, softmax: onnx.NodeProto) -> Block | None:
         """The attention around a softmax, or None where it has another form."""
-        product = self._only_user(softmax.output[0], "MatMul")
-        transposed = self._only_user(product.output[0], "Transpose") if product else None
-        context = self._only_user(transposed.output[0], "Reshape") if transposed else None
+        product = self._graph.only_user(softmax.output[0], "MatMul")
+        transposed = self._graph.only_user(product.output[0], "Transpose") if product else None
+        context = self._graph.only_user(transposed.output[0], "Reshape") if transposed else None
         scores = self._scores(softmax.input[0])
         if product is None or context is None or scores is None or product.input[0] != softmax.output[0]:
             return None
@@ -77,12 +83,7 @@ class _Matcher:
             return None
         queries, keys, values = (item[0] for item in found if item is not None)
         heads, size = shapes.pop()
-        return _Block(queries, keys, values, context.output[0], heads, size)
-
-    def _only_user(self, name: str, op_type: str) -> onnx.NodeProto | None:
-        # Older exports (ELECTRA) reshape by the value's own shape, which nothing needs any more.
-        users = [user for user in self._graph.users.get(name, []) if user.op_type != "Shape"]
-        return users[0] if len(users) == 1 and users[0].op_type == op_type else None
+        return Block(queries, keys, values, context.output[0], heads, size)
 
     def _scores(self, name: str) -> onnx.NodeProto | None:
         """The product of queries and keys, above the mask's addition and a division by a constant."""
@@ -119,7 +120,7 @@ class _Matcher:
         return (numbers[0], numbers[1]) if len(numbers) == 2 and min(numbers) > 0 else None
 
 
-def _root(graph: Graph, blocks: list[_Block]) -> str | None:
+def _root(graph: Graph, blocks: list[Block]) -> str | None:
     """The value that the first layer reads, where all between it and the logits treats positions alike; else None."""
     by_context = {block.context: block for block in blocks}
     if not blocks:
@@ -150,7 +151,7 @@ def _root(graph: Graph, blocks: list[_Block]) -> str | None:
     return root if root in graph.makers else None
 
 
-def _rebuild(graph: Graph, blocks: list[_Block], root: str) -> None:
+def _rebuild(graph: Graph, blocks: list[Block], root: str) -> None:
     graph.constant("medner.rows", np.array([1, 2], np.int64))
     heads = graph.constant("medner.heads", np.array([0, 0, blocks[0].heads, blocks[0].size], np.int64))
     joined = graph.constant("medner.joined", np.array([0, 0, blocks[0].heads * blocks[0].size], np.int64))
@@ -207,7 +208,7 @@ def _looked_up(model: onnx.ModelProto) -> set[str]:
     return {item.input[0] for item in model.graph.node if item.op_type == "Gather" and item.input[1] == "input_ids"}
 
 
-def _is_equal(model: onnx.ModelProto, changed: onnx.ModelProto) -> bool:
+def have_equal_logits(model: onnx.ModelProto, changed: onnx.ModelProto) -> bool:
     """Whether both graphs give the same logits for a batch in which one row is padded."""
     vocabulary = min(
         (tensor.dims[0] for tensor in model.graph.initializer if tensor.name in _looked_up(model)), default=2

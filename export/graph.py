@@ -66,6 +66,12 @@ class Graph:
         """A weight's values as float32."""
         return np.asarray(numpy_helper.to_array(self.weights[name]), dtype=np.float32)
 
+    def only_user(self, name: str, *op_types: str) -> onnx.NodeProto | None:
+        """The one node that uses a value, if it is of these operators; None where several use it."""
+        # Older exports (ELECTRA) reshape by the value's own shape, which nothing needs any more.
+        users = [user for user in self.users.get(name, []) if user.op_type != "Shape"]
+        return users[0] if len(users) == 1 and users[0].op_type in op_types else None
+
     def constant(self, name: str, value: npt.NDArray[np.generic] | float) -> str:
         """Add a weight, a Python number as float32; its name, for use as a node's input."""
         array = np.array(value, np.float32) if isinstance(value, float) else value
@@ -75,6 +81,11 @@ class Graph:
     def replace(self, output: str, nodes: Sequence[onnx.NodeProto]) -> None:
         """Put nodes in the place of the one whose first output is ``output``."""
         self._new[output] = nodes
+
+    def prepend(self, nodes: Sequence[onnx.NodeProto]) -> None:
+        """Put nodes at the start."""
+        for item in reversed(nodes):
+            self._graph.node.insert(0, item)
 
     def append(self, nodes: Sequence[onnx.NodeProto]) -> None:
         """Put nodes at the end."""
@@ -102,7 +113,7 @@ class Graph:
         kept = []
         for node in reversed(nodes):
             if needed.intersection(node.output):
-                needed.update(node.input)
+                needed.update(read_by(node))
                 kept.append(node)
         del self._graph.node[:]
         self._graph.node.extend(reversed(kept))
@@ -119,8 +130,43 @@ def node(op_type: str, inputs: Sequence[str], output: str, domain: str = "", **a
     return helper.make_node(op_type, list(inputs), [output], f"{output}/{op_type}", domain=domain, **attributes)
 
 
+def read_by(item: onnx.NodeProto) -> set[str]:
+    """Names that a node reads, those that its branches take from outside among them."""
+    names = set(item.input)
+    for attribute in item.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            inner = attribute.g.node
+            names.update(name for part in inner for name in read_by(part))
+            names.update(value.name for value in attribute.g.output)
+    return names
+
+
 def constant_of(graph: Graph, name: str) -> list[int] | None:
     """The integers of a constant; None for a value that is none."""
     if name not in graph.weights or graph.weights[name].data_type not in (TensorProto.INT64, TensorProto.INT32):
         return None
     return [int(number) for number in numpy_helper.to_array(graph.weights[name]).ravel()]
+
+
+def bias_of(graph: Graph, product: onnx.NodeProto) -> tuple[onnx.NodeProto, str] | None:
+    """The node that adds a constant vector to a product, where nothing else uses the product, and the vector."""
+    users = graph.users.get(product.output[0], [])
+    if len(users) != 1 or users[0].op_type != "Add":
+        return None
+    other = users[0].input[1 if users[0].input[0] == product.output[0] else 0]
+    return (users[0], other) if len(graph.shape(other)) == 1 else None
+
+
+def answer_in_the_graph(graph: Graph) -> None:
+    """Outputs ``tag`` and ``probability`` beside ``logits``: each token's likeliest class, and how likely it is."""
+    last_axis = graph.constant("medner.last_axis", np.array([-1], np.int64))
+    graph.append(
+        [
+            node("ArgMax", ["logits"], "medner.class", axis=-1, keepdims=0),
+            node("Cast", ["medner.class"], "tag", to=TensorProto.INT16),
+            node("Softmax", ["logits"], "medner.probabilities", axis=-1),
+            node("ReduceMax", ["medner.probabilities", last_axis], "probability", keepdims=0),
+        ]
+    )
+    graph.output("tag", TensorProto.INT16, ["batch_size", "sequence_length"])
+    graph.output("probability", TensorProto.FLOAT, ["batch_size", "sequence_length"])

@@ -35,7 +35,7 @@ from onnx import TensorProto, helper
 from medner import runtime
 from medner.errors import ModelError
 from medner.export.attention import rewrite
-from medner.export.graph import MICROSOFT, Floats, Graph, node
+from medner.export.graph import MICROSOFT, Floats, Graph, answer_in_the_graph, bias_of, node
 
 #: An activation gets one fixed scale where that costs the average row at most this many bits of its 8.
 STATIC_BITS = 3.0
@@ -88,7 +88,7 @@ def to_int8(source: Path, target: Path, samples: Sequence[Ints] = (), static_bit
         _quantize_table(graph, table)
     for activation in activations:
         _quantize_activation(graph, activation)
-    _answer_in_the_graph(graph)
+    answer_in_the_graph(graph)
     graph.finish()
     if left := _matrices_left(graph):
         raise ModelError(f"{source}: int8 is for graphs of Optimum's; these nodes keep fp32 weights: {', '.join(left)}")
@@ -171,15 +171,6 @@ def _is_wide(graph: Graph, name: str) -> bool:
     return is_float and len(shape) == 2 and min(shape) >= _MIN_COLUMNS
 
 
-def _bias(graph: Graph, product: onnx.NodeProto) -> tuple[onnx.NodeProto, str] | None:
-    """The node that adds a constant vector to a product, where nothing else uses the product, and the vector."""
-    users = graph.users.get(product.output[0], [])
-    if len(users) != 1 or users[0].op_type != "Add":
-        return None
-    other = users[0].input[1 if users[0].input[0] == product.output[0] else 0]
-    return (users[0], other) if len(graph.shape(other)) == 1 else None
-
-
 def _is_gelu(graph: Graph, name: str) -> bool:
     """Whether a value is GELU as exported: products and sums of one value, the error function among them."""
     edge, kinds = {name}, set()
@@ -206,7 +197,7 @@ def _activations(
         found.setdefault(name, _Activation(name, [])).products.append(product)
     activations = list(found.values())
     for activation in activations:
-        if _is_gelu(graph, activation.name) and all(_bias(graph, product) for product in activation.products):
+        if _is_gelu(graph, activation.name) and all(bias_of(graph, product) for product in activation.products):
             activation.shift = _GELU_SHIFT
     if not samples:
         return activations
@@ -264,7 +255,7 @@ def _can_be_balanced(graph: Graph, activation: _Activation) -> bool:
     """A layer normalization makes it, and it feeds only products with a bias of their own."""
     maker = graph.makers.get(activation.name)
     is_normalized = maker is not None and maker.op_type == "LayerNormalization" and len(maker.input) == 3
-    return is_normalized and all(_bias(graph, product) for product in activation.products)
+    return is_normalized and all(bias_of(graph, product) for product in activation.products)
 
 
 def _values(graph: Graph, names: Sequence[str], samples: Sequence[Ints]) -> Iterator[dict[str, Floats]]:
@@ -433,7 +424,7 @@ def _quantize_product(
         # In a lane 0 stands for 0, but the product takes the zero point off everywhere.
         assert activation.scale is not None
         added += activation.zero_point * activation.scale * scale * further.sum(axis=0, dtype=np.int64)
-    bias = _bias(graph, product)
+    bias = bias_of(graph, product)
     inputs = [
         f"{activation.name}.rows",
         graph.constant(f"{name}.int8", values),
@@ -478,21 +469,6 @@ def _quantize_table(graph: Graph, lookup: onnx.NodeProto) -> None:
             node("Mul", [f"{output}.picked.float", f"{output}.picked.scale"], output),
         ],
     )
-
-
-def _answer_in_the_graph(graph: Graph) -> None:
-    """Outputs ``tag`` and ``probability`` beside ``logits``: each token's likeliest class, and how likely it is."""
-    last_axis = graph.constant("medner.last_axis", np.array([-1], np.int64))
-    graph.append(
-        [
-            node("ArgMax", ["logits"], "medner.class", axis=-1, keepdims=0),
-            node("Cast", ["medner.class"], "tag", to=TensorProto.INT16),
-            node("Softmax", ["logits"], "medner.probabilities", axis=-1),
-            node("ReduceMax", ["medner.probabilities", last_axis], "probability", keepdims=0),
-        ]
-    )
-    graph.output("tag", TensorProto.INT16, ["batch_size", "sequence_length"])
-    graph.output("probability", TensorProto.FLOAT, ["batch_size", "sequence_length"])
 
 
 def quantize_columns(matrix: Floats) -> tuple[npt.NDArray[np.int8], Floats]:

@@ -1,4 +1,4 @@
-"""What export adds to the parity gate: the choice of the window, samples for int8, and the gate's words."""
+"""What export adds to the parity gate: the choice of the window, sample text for int8 and fp16, and its words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from medner.annotate import Annotator, Ints, Model, Options
 from medner.errors import CheckFailed, InputError, ModelError
 from medner.parity import ParityData, Report
 
-#: Tokens of sample text from which int8 takes the sizes of activations.
+#: Tokens of sample text from which int8 and fp16 take the sizes of activations.
 SAMPLE_TOKENS = 16_384
 
 #: Windows that ``--window auto`` tries, in tokens.
@@ -85,4 +85,6 @@ def summary(report: Report) -> str:
     for precision, result in report.variants.items():
         scores = "" if result.f1 is None else f", F1 {result.f1:.4f} (PyTorch {result.reference_f1:.4f})"
         lines.append(f"{precision}: {result.spans} spans, {result.agreement:.2%} equal{scores}")
+    if report.fp16_operators:
+        lines.append(f"fp16 operators {report.fp16_operators}")
     return "\n".join(lines)

@@ -60,7 +60,10 @@ class VariantParity:
 
 @dataclass(slots=True)
 class Report:
-    """What the gate saw; it goes into the bundle. int8_scales: fixed, or a row's own."""
+    """What the gate saw; it goes into the bundle.
+
+    int8_scales: fixed, or a row's own. fp16_operators: what was fused for GPUs.
+    """
 
     data: str
     documents: int
@@ -70,6 +73,7 @@ class Report:
     logits: LogitParity = field(default_factory=LogitParity)
     variants: dict[str, VariantParity] = field(default_factory=dict)
     int8_scales: str = ""
+    fp16_operators: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from medner import runtime  # noqa: E402
 from medner.errors import ModelError  # noqa: E402
-from medner.export import attention, convert  # noqa: E402
+from medner.export import attention, convert, fusion  # noqa: E402
 
 VOCABULARY, HIDDEN, HEADS, LAYERS = 60, 32, 4, 2
 SIZES = {
@@ -269,6 +269,40 @@ def test_another_form_is_left_alone(changes: dict[str, Any]) -> None:
     assert after.SerializeToString() == serialized
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_layer_by_hand_becomes_one_operator(masked: bool) -> None:
+    """For a GPU the layer is one MultiHeadAttention, with lengths or without a mask, and without a bias."""
+    before = one_layer(with_mask=masked)
+    after, fused = fusion.fuse(before)
+    assert fused == fusion.Fused(attention=1)
+    (block,) = (node for node in after.graph.node if node.op_type == "MultiHeadAttention")
+    assert list(block.input) == ["q", "k", "v", "", "medner.lengths" if masked else ""]
+    assert "Softmax" not in {node.op_type for node in after.graph.node}
+    rng = np.random.default_rng(0)
+    ids, lengths = rng.integers(2, VOCABULARY, (3, 11)), np.array([11, 4, 1])
+    expected = logits(before, ids, lengths)
+    assert np.abs(logits(after, ids, lengths) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+#: Forms that only the order of the axes forbids: one operator, which reads the batch first, takes them.
+FUSED_FORMS = ("positions between the layers", "queries that two values make", "queries without a weight")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_form_for_a_gpu(form: str) -> None:
+    """A graph with another attention comes back as it is; where the attention is the same, so are the logits."""
+    before = one_layer(**FORMS[form])
+    after, fused = fusion.fuse(before)
+    if form not in FUSED_FORMS:
+        assert after is before
+        assert fused.attention == 0
+        return
+    assert fused.attention == 1
+    ids, lengths = np.arange(22).reshape(2, 11) + 2, np.array([11, 4])
+    expected = logits(before, ids, lengths)
+    assert np.abs(logits(after, ids, lengths) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 def test_a_graph_without_attention() -> None:
     """A graph without a softmax has no block."""
     before = one_layer(with_mask=False, heads=("MatMul", ["scaled", "vt"]))
@@ -280,7 +314,7 @@ def test_the_proof_alone_stops_a_wrong_scale() -> None:
     graph = attention.Graph(one_layer(divisor=2.0))
     (softmax,) = graph.nodes("Softmax")
     block = attention._Matcher(graph).block(softmax)
-    assert block == attention._Block("q", "k", "v", "context", HEADS, HIDDEN // HEADS)
+    assert block == attention.Block("q", "k", "v", "context", HEADS, HIDDEN // HEADS)
     assert attention._root(graph, [block]) == "root"
 
 

@@ -27,7 +27,7 @@ from medner import parity, testing  # noqa: E402
 from medner.annotate import Annotator, Options  # noqa: E402
 from medner.datasets import Document  # noqa: E402
 from medner.errors import CheckFailed, InputError, ModelError, OutputError, UsageError  # noqa: E402
-from medner.export import ExportOptions, convert, export, optimize, verify  # noqa: E402
+from medner.export import ExportOptions, convert, export, half, optimize, verify  # noqa: E402
 from medner.pytorch import TorchModel, torch_annotator  # noqa: E402
 
 MENTIONS = ("breast cancer", "asthma", "type 2 diabetes", "heart failure", "fever", "gouty arthritis", "pain")
@@ -43,6 +43,8 @@ PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LABELS = ("O", "B-Disease", "I-Disease")
 LIMIT = 160
 QUANTIZE = optimize.quantize_columns
+#: Ten of each layer, six of the embeddings; the product and sum of the classifier are fp32.
+OPERATORS = "fused: 2 attention, 4 normalization, 2 GELU; 26 operators in half precision, 2 in fp32"
 
 
 def document(rng: random.Random, sentences: int) -> Document:
@@ -135,6 +137,13 @@ def exported(checkpoint: Path, notes: Path, tmp_path_factory: pytest.TempPathFac
     return output, said
 
 
+@pytest.fixture(scope="module")
+def halved(checkpoint: Path, notes: Path, exported: tuple[Path, str]) -> tuple[Path, str]:
+    """The same bundle with all three precisions, and what its export said."""
+    output = exported[0].parent / "halved"
+    return output, export(ExportOptions(checkpoint, output, str(notes), precisions=("fp32", "int8", "fp16"), window=64))
+
+
 @pytest.fixture
 def no_optimum(exported: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports take the graph that Optimum has already written, to save time."""
@@ -204,7 +213,7 @@ def test_files_of_a_bundle(checkpoint: Path, exported: tuple[Path, str]) -> None
     ]
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert (output / name).read_bytes() == (checkpoint / name).read_bytes()
-    assert [path.name for path in output.parent.iterdir()] == ["small"]
+    assert [path.name for path in output.parent.iterdir() if path.name != "halved"] == ["small"]
 
 
 def test_manifest_of_a_bundle(checkpoint: Path, notes: Path, exported: tuple[Path, str]) -> None:
@@ -257,6 +266,7 @@ def test_manifest_of_a_bundle(checkpoint: Path, notes: Path, exported: tuple[Pat
         "logits": {"tokens": tokens + 2 * windows, "ties": 0, "differences": 0},
         "variants": {"fp32": scores, "int8": scores},
         "int8_scales": "fixed",
+        "fp16_operators": "",
     }
     assert said == (
         f"parity on notes.jsonl: 20 documents, windows of up to 128 tokens, packed; logits differ by at most "
@@ -280,18 +290,18 @@ def test_manifest_of_a_bundle(checkpoint: Path, notes: Path, exported: tuple[Pat
     bundles.load(output).check()
 
 
-def test_other_tools_load_a_bundle(checkpoint: Path, exported: tuple[Path, str]) -> None:
-    """Optimum's ORTModelForTokenClassification loads both variants; fp32 gives PyTorch's logits."""
+def test_other_tools_load_a_bundle(checkpoint: Path, halved: tuple[Path, str]) -> None:
+    """Optimum's ORTModelForTokenClassification loads every variant; fp32 gives PyTorch's logits."""
     from optimum.onnxruntime import ORTModelForTokenClassification
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(exported[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(halved[0])
     inputs = tokenizer(["She has asthma .", "No fever , but pain in the heart ."], padding=True, return_tensors="pt")
     model = transformers.AutoModelForTokenClassification.from_pretrained(checkpoint).eval()
     with torch.inference_mode():
         expected = model(**inputs).logits.numpy()
     mask = inputs["attention_mask"].numpy().astype(bool)
-    for file, tolerance in (("model.onnx", 1e-5), ("model_int8.onnx", 0.5)):
-        loaded = ORTModelForTokenClassification.from_pretrained(exported[0], subfolder="onnx", file_name=file)
+    for file, tolerance in (("model.onnx", 1e-5), ("model_fp16.onnx", 0.02), ("model_int8.onnx", 0.5)):
+        loaded = ORTModelForTokenClassification.from_pretrained(halved[0], subfolder="onnx", file_name=file)
         assert loaded.config.id2label == dict(enumerate(LABELS))
         np.testing.assert_allclose(loaded(**inputs).logits.numpy()[mask], expected[mask], atol=tolerance)
 
@@ -304,6 +314,91 @@ def test_one_precision(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
     assert (bundle.name, bundle.window, list(bundle.variants)) == ("mine", 64, ["int8"])
     assert list(bundle.card["parity"]["variants"]) == ["fp32", "int8"]
     assert not (bundle.path / "onnx/model.onnx").exists()
+
+
+def test_fp16(checkpoint: Path, notes: Path, halved: tuple[Path, str]) -> None:
+    """fp16 finds PyTorch's spans on the CPU; the report names what was fused; auto takes fp16 on a GPU alone."""
+    output, said = halved
+    bundle = bundles.load(output)
+    reference = found(torch_annotator(checkpoint, Options(window=64)), notes)
+    assert found(medner.load(output, Options(precision="fp16", device="cpu")), notes) == reference
+    assert (bundle.card["parity"]["fp16_operators"], bundle.card["parity"]["variants"]["fp16"]["agreement"]) == (
+        OPERATORS,
+        1.0,
+    )
+    assert said.splitlines()[-2:] == [
+        f"fp16: {sum(map(len, reference))} spans, 100.00% equal, F1 1.0000 (PyTorch 1.0000)",
+        f"fp16 operators {OPERATORS}",
+    ]
+    assert [path.name for path in sorted((output / "onnx").iterdir())] == [
+        "model.onnx",
+        "model_fp16.onnx",
+        "model_int8.onnx",
+    ]
+    assert [bundle.variant("auto", device)[0] for device in ("cpu", "cuda")] == ["int8", "fp16"]
+    assert 0.4 < bundle.variants["fp16"].bytes / bundle.variants["fp32"].bytes < 0.5
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_an_fp16_variant_that_fails_is_not_written(
+    checkpoint: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If half precision loses too much, the others are written, and the call fails with the figures, for int8 too."""
+    monkeypatch.setattr(optimize, "quantize_columns", lossy)
+    faithful = half.to_fp16
+
+    def spoiled(source: Path, target: Path, samples: Any, config: Any, rounded: Path) -> Any:
+        done = faithful(source, target, samples, config, rounded)
+        for graph in (target, rounded):
+            change_graph(graph, "bert.embeddings.word_embeddings.weight.half", lambda table: table[::-1].copy())
+        return done
+
+    monkeypatch.setattr(half, "to_fp16", spoiled)
+    options = ExportOptions(checkpoint, tmp_path / "b", str(notes), ("fp32", "int8", "fp16"), window=64)
+    with pytest.raises(CheckFailed) as failure:
+        export(options)
+    bundle = bundles.load(tmp_path / "b")
+    assert list(bundle.variants) == ["fp32"]
+    results = {name: bundle.card["parity"]["variants"][name] for name in ("int8", "fp16")}
+    assert str(failure.value).splitlines() == [
+        f"parity gate: the {name} variant failed on notes.jsonl and was not written: "
+        f"{result['agreement']:.2%} of spans equal PyTorch's, F1 {result['f1']:.4f} against 1.0000"
+        for name, result in results.items()
+    ]
+    assert "\n| fp16 (failed, not written) | " in (bundle.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("limited", [True, False])
+@pytest.mark.usefixtures("no_optimum")
+def test_fp16_that_overflows(
+    limited: bool, checkpoint: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries that no half can hold stay fp32; where they do not, the gate finds it, and fp32 alone is written."""
+    faithful = convert.to_onnx
+
+    def large(checkpoint: Path, graph: Path) -> None:
+        faithful(checkpoint, graph)
+        for kind, factor in (("query", 2.0**20), ("key", 2.0**-20)):  # exact, and the scores are what they were
+            (product,) = (
+                n for n in onnx.load(graph).graph.node if n.name.endswith(f"layer.0/attention/self/{kind}/MatMul")
+            )
+            for name in (product.input[1], f"bert.encoder.layer.0.attention.self.{kind}.bias"):
+                change_graph(graph, name, lambda values, factor=factor: values * np.float32(factor))
+
+    monkeypatch.setattr(convert, "to_onnx", large)
+    options = ExportOptions(checkpoint, tmp_path / "b", str(notes), precisions=("fp32", "fp16"), window=64)
+    if limited:
+        export(options)
+        assert list(bundles.load(tmp_path / "b").variants) == ["fp32", "fp16"]
+        return
+    monkeypatch.setattr(half, "LIMIT", np.inf)
+    with np.errstate(over="ignore"), pytest.raises(CheckFailed) as failure:
+        export(options)
+    start = "parity gate: the fp16 variant failed on notes.jsonl and was not written: "
+    assert str(failure.value).startswith(start)
+    assert "the graph's " in str(failure.value)
+    bundle = bundles.load(tmp_path / "b")
+    assert (list(bundle.variants), list(bundle.card["parity"]["variants"])) == (["fp32"], ["fp32"])
 
 
 @pytest.mark.usefixtures("no_optimum")
@@ -499,7 +594,7 @@ def test_an_unknown_precision(tmp_path: Path) -> None:
     for precisions, said in ((("fp32", "fp64"), "fp64"), ((), "none")):
         with pytest.raises(UsageError) as failure:
             export(ExportOptions(tmp_path, tmp_path / "b", "notes.jsonl", precisions=precisions))
-        assert str(failure.value) == f"--precision {said}: use fp32 or int8"
+        assert str(failure.value) == f"--precision {said}: use fp32, int8, fp16"
 
 
 def test_an_output_that_exists(tmp_path: Path) -> None:
