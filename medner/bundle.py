@@ -1,19 +1,25 @@
 """The model directory: which files it holds, their hashes, its labels and its window.
 
-A bundle is data. Nothing in it is executed, its files are named by :class:`Bundle` alone, and a file that
-``medner.json`` lists is used only if its SHA-256 is the recorded one.
+A bundle is data, and may come from anyone. Nothing in it is executed, its files are named by :class:`Bundle` alone, and
+a file that ``medner.json`` lists is used only if its SHA-256 is the recorded one. Every file is a regular one that lies
+in the directory; a link may lead to another file there, and in a snapshot of the Hugging Face cache to the ``blobs``
+beside it. Sizes, labels and windows are bounded, so that a file of absurd values ends in one line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from medner import graphfile
 from medner.errors import DeviceError, ModelError
 
 FORMAT_VERSION = 1
@@ -30,16 +36,28 @@ FOREIGN_WINDOW = 128
 
 _SHIPPED = Path(__file__).parent / "bundles"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_MAX_JSON = 64 * 2**20
+
+#: Bytes: of settings, of any file but a graph, such as ``tokenizer.json``, and of a graph, which is a protocol buffer.
+_MAX_JSON, _MAX_FILE, _MAX_GRAPH = 16 * 2**20, 64 * 2**20, 2**31
+#: Tokens of the longest window that anyone can ask for, whatever a model says; attention grows with its square.
+_MAX_WINDOW = 2**16
+#: Labels, and characters of one.
+_MAX_LABELS, _MAX_NAME = 10_000, 200
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One precision of a bundle: the graph's path relative to the bundle, its SHA-256 (hex) and its size in bytes."""
+    """One precision of a bundle: the graph's path relative to the bundle, and its SHA-256 (hex).
+
+    bytes: its size together with that of the files in ``data``. data: SHA-256 by path of the files that hold weights
+    outside the graph, as ONNX allows.
+    """
 
     file: str
     sha256: str
     bytes: int
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +93,7 @@ class Bundle:
         wanted = PREFERRED[device] if precision == "auto" else (precision,)
         for name in wanted:
             if name in self.variants:
-                _check_hash(self.path, self.variants[name].file, self.variants[name].sha256)
+                _check_variant(self.path, self.variants[name])
                 return name, self.path / self.variants[name].file
         kind = DeviceError if device == "cuda" else ModelError
         raise kind(
@@ -86,14 +104,14 @@ class Bundle:
     def check(self) -> None:
         """Check the hash of every file, all variants included; raises :class:`ModelError`."""
         for name, digest in self.files.items():
-            _check_hash(self.path, name, digest)
+            _check_hash(self.path, name, digest, _MAX_FILE)
         for variant in self.variants.values():
-            _check_hash(self.path, variant.file, variant.sha256)
+            _check_variant(self.path, variant)
 
     def identity(self, precision: str) -> dict[str, str]:
         """SHA-256 by file name of all that decides the spans: the graph of one precision, tokenizer and settings."""
         graph = self.variants[precision]
-        return {**dict(sorted(self.files.items())), graph.file: graph.sha256}
+        return {**dict(sorted(self.files.items())), **dict(sorted(graph.data.items())), graph.file: graph.sha256}
 
 
 def load(model: str | Path, window: int | None = None) -> Bundle:
@@ -104,13 +122,14 @@ def load(model: str | Path, window: int | None = None) -> Bundle:
     Raises :class:`ModelError`.
     """
     path, name = _locate(str(model))
-    bundle = _own(path, name) if (path / MANIFEST).is_file() else _foreign(path, name)
+    bundle = _own(path, name) if os.path.lexists(path / MANIFEST) else _foreign(path, name)
     return resized(bundle, bundle.window if window is None else window)
 
 
 def resized(bundle: Bundle, window: int, *, packed: bool | None = None) -> Bundle:
     """The bundle with another window; raises :class:`ModelError` beyond the model's limit."""
-    checked = _check_window(window, _position_limit(bundle.path), bundle.name)
+    limit = _position_limit(bundle.path, tokenizer_config=bundle.foreign or _TOKENIZER_CONFIG in bundle.files)
+    checked = _check_window(window, limit, bundle.name)
     return replace(bundle, window=checked, packed=bundle.packed if packed is None else packed)
 
 
@@ -131,8 +150,11 @@ def load_checkpoint(checkpoint: str | Path, window: int | None = None) -> Bundle
     files = _foreign_files(path)
     limit = _position_limit(path)
     if window is None:
-        metrics = _read_json(path, "metrics.json") if (path / "metrics.json").is_file() else {}
-        window = int(metrics.get("options", {}).get("window", min(FOREIGN_WINDOW, limit)))
+        metrics = _read_json(path, "metrics.json") if os.path.lexists(path / "metrics.json") else {}
+        recorded = metrics.get("options")
+        window = recorded.get("window") if isinstance(recorded, dict) else None
+        if type(window) is not int:
+            window = min(FOREIGN_WINDOW, limit)
     window = _check_window(window, limit, path.name)
     return Bundle(path, path.name, _labels_of(path), window, True, {}, files, True)
 
@@ -160,7 +182,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.onnx", "onnx/*", "README.md"]
+        patterns = ["*.json", "*.onnx", "*.onnx_data*", "onnx/*", "README.md"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as exc:
         raise ModelError(
@@ -173,35 +195,68 @@ def _own(path: Path, name: str) -> Bundle:
     card = _read_json(path, MANIFEST)
     if card.get("format_version") != FORMAT_VERSION:
         raise ModelError(
-            f"{path / MANIFEST}: format version {card.get('format_version')!r} is not {FORMAT_VERSION}; "
+            f"{path / MANIFEST}: format version {_shown(card.get('format_version'))} is not {FORMAT_VERSION}; "
             "use the medner release that wrote it"
         )
     try:
-        labels = tuple(str(label) for label in card["labels"])
-        window, packed = int(card["window"]), {True: True, False: False}[card["packed"]]
-        variants = {
-            precision: Variant(VARIANT_FILES[precision], str(entry["sha256"]), int(entry["bytes"]))
-            for precision, entry in card["variants"].items()
-        }
-        files = {_plain_name(key): str(value) for key, value in card["files"].items()}
+        labels, window, packed = card["labels"], _integer(card["window"]), {True: True, False: False}[card["packed"]]
+        variants = {precision: _own_variant(precision, entry) for precision, entry in card["variants"].items()}
+        files = {_plain_path(key): _digest(value) for key, value in card["files"].items()}
+        title = _plain_name(card.get("name", name))
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
-        raise ModelError(f"{path / MANIFEST}: not a bundle description ({type(exc).__name__} {exc})") from exc
+        raise ModelError(f"{path / MANIFEST}: not a bundle description ({type(exc).__name__} {_shown(exc)})") from exc
     if missing := {"config.json", "tokenizer.json"} - files.keys():
         raise ModelError(f"{path / MANIFEST}: lists no {' or '.join(sorted(missing))}")
     for file, digest in files.items():
-        _check_hash(path, file, digest)
+        _check_hash(path, file, digest, _MAX_FILE)
     rest = {key: value for key, value in card.items() if key not in _OWN_KEYS}
     files[MANIFEST] = sha256_of(path / MANIFEST)
-    return Bundle(path, str(card.get("name", name)), labels, window, packed, variants, files, False, rest)
+    return Bundle(path, title, _check_labels(labels, path / MANIFEST), window, packed, variants, files, False, rest)
+
+
+def _own_variant(precision: str, entry: Mapping[str, Any]) -> Variant:
+    """Read the record of a variant; what it raises, :func:`_own` translates."""
+    file, digest, size = VARIANT_FILES[precision], _digest(entry["sha256"]), _integer(entry["bytes"])
+    return Variant(
+        file, digest, size, {_plain_path(key): _digest(value) for key, value in entry.get("data", {}).items()}
+    )
 
 
 _OWN_KEYS = ("files", "variants", "labels", "window", "packed")
 
 
-def _plain_name(name: str) -> str:
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(name)
+def _plain_path(name: str) -> str:
+    """A path that stays below where it starts; :class:`ValueError` for any other."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or not name.isprintable():
+        raise ValueError(f"{name!r} is no path inside the model")
     return name
+
+
+def _plain_name(name: Any) -> str:
+    """A name that fits a line, and moves no cursor; :class:`ValueError` for any other."""
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
+        raise ValueError(f"{name!r} is no name")
+    return name
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError(f"{value!r} is no SHA-256")
+    return value
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value of unknown origin, for a message: its start, on one line, without control characters."""
+    text = value if isinstance(value, str) else str(value)
+    text = "".join(character if character.isprintable() else "\ufffd" for character in text[: _MAX_NAME + 1])
+    return text if len(text) <= _MAX_NAME else text[:_MAX_NAME] + "..."
 
 
 def _foreign(path: Path, name: str) -> Bundle:
@@ -211,7 +266,7 @@ def _foreign(path: Path, name: str) -> Bundle:
     for precision, stems in _FOREIGN_GRAPHS.items():
         for file in (f"{folder}{stem}.onnx" for stem in stems for folder in ("onnx/", "")):
             if (path / file).is_file() and precision not in variants:
-                variants[precision] = Variant(file, sha256_of(path / file), (path / file).stat().st_size)
+                variants[precision] = _read_variant(path, file)
     if not variants:
         raise ModelError(
             f"{path}: no model.onnx, nor onnx/model.onnx; write one with: "
@@ -221,11 +276,38 @@ def _foreign(path: Path, name: str) -> Bundle:
     return Bundle(path, name, labels, window, True, variants, files, True)
 
 
+def _read_variant(path: Path, file: str) -> Variant:
+    """Describe a graph, and the files that hold weights outside it."""
+    size = _size(path, file, _MAX_GRAPH)
+    data = {name: _size(path, name) for name in _data_files(path, file)}
+    digests = {name: sha256_of(path / name) for name in data}
+    return Variant(file, sha256_of(path / file), size + sum(data.values()), digests)
+
+
+def _data_files(path: Path, graph: str) -> list[str]:
+    """Paths, relative to the model, of the files that hold weights outside a graph; they lie beside it, or below."""
+    try:
+        locations = graphfile.external_data(path / graph)
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"{path / graph}: no ONNX graph, or cut short ({exc}); copy or export it again") from exc
+    files = []
+    for location in sorted(locations):
+        try:
+            files.append((PurePosixPath(graph).parent / _plain_path(location)).as_posix())
+        except ValueError as exc:
+            raise ModelError(
+                f"{path / graph}: takes weights from {_shown(location)}; a graph may only use files beside it"
+            ) from exc
+    return files
+
+
 def _foreign_files(path: Path) -> dict[str, str]:
-    for needed in ("config.json", "tokenizer.json"):
-        if not (path / needed).is_file():
-            raise ModelError(f"{path}: no {needed}; a model directory holds config.json, tokenizer.json and the model")
-    return {file: sha256_of(path / file) for file in ("config.json", "tokenizer.json")}
+    needed = ("config.json", "tokenizer.json")
+    for name in needed:
+        if not os.path.lexists(path / name):
+            raise ModelError(f"{path}: no {name}; a model directory holds config.json, tokenizer.json and the model")
+        _size(path, name, _MAX_FILE)
+    return {name: sha256_of(path / name) for name in needed}
 
 
 _FOREIGN_GRAPHS = {
@@ -240,9 +322,10 @@ def _labels_of(path: Path) -> tuple[str, ...]:
     if not isinstance(named, dict) or not named:
         raise ModelError(f"{path / 'config.json'}: no id2label; medner needs the names of the model's labels")
     try:
-        labels = tuple(str(named[str(i)]) for i in range(len(named)))
+        ordered = [named[str(i)] for i in range(len(named))]
     except KeyError as exc:
         raise ModelError(f"{path / 'config.json'}: id2label does not number its labels from 0") from exc
+    labels = _check_labels(ordered, path / "config.json")
     if any(re.fullmatch(r"LABEL_\d+", label) for label in labels):
         raise ModelError(
             f"{path / 'config.json'}: labels are named LABEL_0, LABEL_1, ...; write the real tags (O, B-Disease, ...) "
@@ -251,28 +334,44 @@ def _labels_of(path: Path) -> tuple[str, ...]:
     return labels
 
 
-def _position_limit(path: Path) -> int:
-    """Tokens, special ones included, that the model's position embeddings can tell apart."""
+def _check_labels(labels: Any, place: Path) -> tuple[str, ...]:
+    if not isinstance(labels, Sequence) or isinstance(labels, str) or not 0 < len(labels) <= _MAX_LABELS:
+        raise ModelError(f"{place}: a model has a list of 1 to {_MAX_LABELS:,} labels")
+    for number, label in enumerate(labels):
+        try:
+            _plain_name(label)
+        except ValueError as exc:
+            raise ModelError(f"{place}: label {number} is no printable text of 1 to {_MAX_NAME} characters") from exc
+    return tuple(labels)
+
+
+def _position_limit(path: Path, *, tokenizer_config: bool = True) -> int:
+    """Tokens, special ones included, that the model's position embeddings can tell apart; at most ``_MAX_WINDOW``.
+
+    tokenizer_config: whether that file has a say, where it is there.
+    """
     config = _read_json(path, "config.json")
     try:
         limit = int(config.get("max_position_embeddings") or 512)
         if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "longformer"):
             # These number positions from pad_token_id + 1.
             limit -= int(config.get("pad_token_id", 1)) + 1
-    except (TypeError, ValueError) as exc:
-        raise ModelError(f"{path / 'config.json'}: positions that are no numbers ({exc})") from exc
-    if (path / "tokenizer_config.json").is_file():
-        stated = _read_json(path, "tokenizer_config.json").get("model_max_length")
-        if isinstance(stated, int | float) and stated < limit:
+    except (TypeError, ValueError, OverflowError) as exc:
+        raise ModelError(f"{path / 'config.json'}: positions that are no numbers ({_shown(exc)})") from exc
+    if tokenizer_config and os.path.lexists(path / _TOKENIZER_CONFIG):
+        stated = _read_json(path, _TOKENIZER_CONFIG).get("model_max_length")
+        if isinstance(stated, int | float) and -math.inf < stated < limit:
             limit = int(stated)
-    return limit
+    return min(limit, _MAX_WINDOW)
+
+
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     file = path / name
+    _size(path, name, _MAX_JSON)
     try:
-        if file.stat().st_size > _MAX_JSON:
-            raise ModelError(f"{file}: larger than {_MAX_JSON} bytes; this is no {name}")
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as exc:
         raise ModelError(f"{file}: cannot be read ({type(exc).__name__})") from exc
@@ -281,7 +380,32 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _check_hash(path: Path, name: str, digest: str) -> None:
+def _size(path: Path, name: str, limit: int | None = None) -> int:
+    """Bytes of a file of a model.
+
+    Raises :class:`ModelError` where it is larger than ``limit``, is no regular file, which could block or never end,
+    or lies outside the model directory.
+    """
+    file = path / name
+    try:
+        real = file.resolve(strict=True)
+        found = real.stat()
+    except (OSError, RuntimeError, ValueError) as exc:  # the latter two for loops of links and NUL characters
+        raise ModelError(f"{file}: cannot be read ({getattr(exc, 'strerror', None) or type(exc).__name__})") from exc
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelError(f"{file}: is no regular file; copy the model again")
+    home = path.resolve()
+    # The cache of the hub: models--x--y/snapshots/REVISION/config.json -> models--x--y/blobs/HASH.
+    blobs = [home.parents[1] / "blobs"] if home.parent.name == "snapshots" else []
+    if not any(real.is_relative_to(place) for place in (home, *blobs)):
+        raise ModelError(f"{file}: a link that leads out of the model directory; put the file itself there")
+    if limit is not None and found.st_size > limit:
+        raise ModelError(f"{file}: larger than {limit:,} bytes; this is no {PurePosixPath(name).name}")
+    return found.st_size
+
+
+def _check_hash(path: Path, name: str, digest: str, limit: int | None = None) -> None:
+    _size(path, name, limit)
     try:
         found = sha256_of(path / name)
     except OSError as exc:
@@ -293,8 +417,25 @@ def _check_hash(path: Path, name: str, digest: str) -> None:
         )
 
 
+def _check_variant(path: Path, variant: Variant) -> None:
+    """Check the hashes of a graph and of its data, and that it draws on no other file."""
+    size = _size(path, variant.file, _MAX_GRAPH) + sum(_size(path, name) for name in variant.data)
+    if size > variant.bytes:  # said at once, not after hours of hashing a file without end
+        raise ModelError(
+            f"{path / variant.file}: {size:,} bytes are more than the recorded {variant.bytes:,}; "
+            "the file was altered: copy or export the bundle again"
+        )
+    for name, digest in ((variant.file, variant.sha256), *variant.data.items()):
+        _check_hash(path, name, digest)
+    if unlisted := set(_data_files(path, variant.file)) - variant.data.keys():
+        raise ModelError(
+            f"{path / variant.file}: takes weights from {_shown(min(unlisted))}, of which no hash is recorded; "
+            "export the bundle again"
+        )
+
+
 def describe(bundle: Bundle) -> str:
-    """What a bundle holds, for a person."""
+    """What a bundle holds, for a person. Raises :class:`ModelError` where its card is of another form."""
     lines = [
         f"{bundle.name} ({bundle.path})",
         f"labels    {', '.join(bundle.labels)}",
@@ -303,17 +444,24 @@ def describe(bundle: Bundle) -> str:
     ]
     for precision, variant in bundle.variants.items():
         lines.append(f"{precision:<9} {variant.file}, {variant.bytes / 1e6:.1f} MB, SHA-256 {variant.sha256[:16]}...")
-    if bundle.card.get("licence"):
-        lines.append(f"licence   {bundle.card['licence']}")
-    for name, scores in (bundle.card.get("scores") or {}).items():
-        overall = scores["overall"]
-        lines.append(
-            f"score     {name}: F1 {overall['f1']:.4f} (95 % interval {overall['low']:.4f} to {overall['high']:.4f})"
-        )
-    parity = bundle.card.get("parity") or {}
-    for precision, result in (parity.get("variants") or {}).items():
-        lines.append(f"parity    {precision}: {result['agreement']:.2%} of spans equal PyTorch's on {parity['data']}")
+    try:
+        lines.extend(map(_shown, _card_lines(bundle.card)))
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise ModelError(
+            f"{bundle.path / MANIFEST}: its scores or its parity are not as medner writes them ({type(exc).__name__})"
+        ) from exc
     return "\n".join(lines)
+
+
+def _card_lines(card: Mapping[str, Any]) -> Iterator[str]:
+    if card.get("licence"):
+        yield f"licence   {card['licence']}"
+    for name, scores in (card.get("scores") or {}).items():
+        overall = scores["overall"]
+        yield f"score     {name}: F1 {overall['f1']:.4f} (95 % interval {overall['low']:.4f} to {overall['high']:.4f})"
+    parity = card.get("parity") or {}
+    for precision, result in (parity.get("variants") or {}).items():
+        yield f"parity    {precision}: {result['agreement']:.2%} of spans equal PyTorch's on {parity['data']}"
 
 
 def sha256_of(path: Path) -> str:
@@ -326,10 +474,10 @@ def write_manifest(
     path: Path, *, name: str, labels: tuple[str, ...], window: int, packed: bool, card: Mapping[str, Any]
 ) -> None:
     """Write ``medner.json`` for the files that lie in a directory; ``card`` adds parity, training, scores, licence."""
+    found = {name: _read_variant(path, file) for name, file in VARIANT_FILES.items() if (path / file).is_file()}
     variants = {
-        precision: {"sha256": sha256_of(path / file), "bytes": (path / file).stat().st_size}
-        for precision, file in VARIANT_FILES.items()
-        if (path / file).is_file()
+        precision: {"sha256": variant.sha256, "bytes": variant.bytes} | ({"data": variant.data} if variant.data else {})
+        for precision, variant in found.items()
     }
     used = [file for file in ("config.json", "tokenizer.json", "tokenizer_config.json") if (path / file).is_file()]
     value = {

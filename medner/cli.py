@@ -65,9 +65,9 @@ def cli() -> None:
 @click.option("--window", type=click.IntRange(min=8), help="Tokens of a window.  [default: the bundle's]")
 @click.option("--threads", type=click.IntRange(min=1), help="Inference threads.  [default: the CPUs there are]")
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens of one inference call.")
-@click.option("--part-rows", type=click.IntRange(min=1), default=5000, show_default=True, help="Rows of a part.")
+@click.option("--part-rows", type=click.IntRange(1, 2**31 - 1), default=5000, show_default=True, help="Rows of a part.")
 @click.option("--min-score", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Drop spans below it.")
-@click.option("--limit", type=click.IntRange(min=0), help="Read at most this many rows.")
+@click.option("--limit", type=click.IntRange(0, 2**63 - 1), help="Read at most this many rows.")
 @click.option("--resume", is_flag=True, help="Go on where an earlier run of the directory stopped, or start.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @click.option(
@@ -92,6 +92,8 @@ def annotate(**given: Any) -> None:
     Writes a row per span and a row per note. INPUT - reads JSON lines from standard input; -o - writes a JSON record
     per note to standard output.
     """
+    # Read when pyarrow is loaded. Its own choice keeps tens of MiB of what the tables of a part took.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     from medner import run
     from medner.annotate import Options
     from medner.sources import ReadOptions

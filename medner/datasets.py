@@ -216,7 +216,8 @@ def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
 def _read_pubtator(path: Path, lines: Sequence[str]) -> list[Document]:
     documents: dict[str, Document] = {}
     current, spans, repeated = "", list[Span](), False
-    mismatched: Counter[str] = Counter()
+    mismatched: Counter[int] = Counter()
+    title = 0
 
     def close() -> None:
         if current and not repeated:
@@ -226,9 +227,9 @@ def _read_pubtator(path: Path, lines: Sequence[str]) -> list[Document]:
         head = _TITLE_OR_ABSTRACT.fullmatch(line)
         if head and head[2] == "t":
             close()
-            current, spans, repeated = head[1], [], head[1] in documents
+            current, spans, repeated, title = head[1], [], head[1] in documents, number
             if repeated:
-                _log.warning("%s:%d: document %s stands there twice; the first one counts", path, number, current)
+                _log.warning("%s:%d: this document stood there before; the first one counts", path, number)
             else:
                 documents[current] = Document(current, head[3], ())
         elif head:
@@ -248,10 +249,10 @@ def _read_pubtator(path: Path, lines: Sequence[str]) -> list[Document]:
             if start < end and documents[current].text[start:end] == fields[3]:
                 spans.append((start, end, fields[4].strip()))
             else:
-                mismatched[current] += 1
+                mismatched[title] += 1
     close()
-    for name, count in mismatched.items():
-        _log.warning("%s: document %s: %d annotations dropped, their text is not at their offsets", path, name, count)
+    for number, count in mismatched.items():
+        _log.warning("%s:%d: %d annotations dropped, their text is not at their offsets", path, number, count)
     return list(documents.values())
 
 
@@ -309,7 +310,7 @@ def _load_hub(name: str, split: str) -> Iterator[Document]:
     if not {"tokens", "ner_tags"} <= set(rows.column_names):
         raise InputError(f"{name}: expected the columns tokens and ner_tags; it has {', '.join(rows.column_names)}")
     names = getattr(getattr(rows.features["ner_tags"], "feature", None), "names", None)
-    for index, row in enumerate(rows):
+    for index, row in enumerate(_readable(rows, name)):
         tokens, tags = row["tokens"], row["ner_tags"]
         if len(tokens) != len(tags):
             raise InputError(f"{name}: row {index} of {found} has {len(tokens)} tokens and {len(tags)} tags")
@@ -318,8 +319,20 @@ def _load_hub(name: str, split: str) -> Iterator[Document]:
             yield of_tokens(f"{found}-{index}", tokens, [_tag_name(tag, names, name) for tag in tags])
 
 
+def _readable(rows: Iterable[Any], name: str) -> Iterator[Any]:
+    """The rows, the library's errors translated; what it says may quote a row."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise InputError(f"{name}: cannot be read ({type(error).__name__}); write it again") from error
+
+
 def _fetch(load_dataset: Callable[..., Any], name: str) -> Any:
     try:
+        if Path(name).is_dir():
+            # Streamed, or else the data would be copied, readable to others, into the cache of Hugging Face. By its
+            # full path, or else a directory called "parquet" would be taken for all Parquet files from here on down.
+            return load_dataset(str(Path(name).resolve()), streaming=True)
         try:
             return load_dataset(name)
         except RuntimeError as error:
@@ -328,6 +341,8 @@ def _fetch(load_dataset: Callable[..., Any], name: str) -> Any:
                 raise
             return load_dataset(name, revision="refs/convert/parquet")
     except Exception as error:
+        if Path(name).is_dir():  # what is said about a user's own files may quote them
+            raise InputError(f"{name}: not loaded as a directory of Parquet files ({type(error).__name__})") from error
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise InputError(
             f"{name}: no such file or directory, and not loaded as a Hugging Face data set either "

@@ -33,7 +33,7 @@ class TorchModel:
         self._torch: Any = torch
         try:
             model, loading = AutoModelForTokenClassification.from_pretrained(
-                str(checkpoint), local_files_only=True, output_loading_info=True
+                str(checkpoint), local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
         except Exception as exc:  # transformers, torch and safetensors raise what they like
             reason = next(iter(str(exc).splitlines()), "")[:200]

@@ -33,7 +33,7 @@ _GIVEN = (*schema.KEY.names, "n_chars", "text_sha256", "reason")
 def check_description(place: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with another run; raises :class:`OutputError`, naming the first difference."""
     old, new = dict(_flat(before)), dict(_flat(now))
-    changed = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name) and name not in FREE]
+    changed = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
     if changed:
         name = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -44,7 +44,9 @@ def check_description(place: str, before: Mapping[str, Any], now: Mapping[str, A
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value of nested mappings and lists with its dotted name."""
+    """Every plain value of nested mappings and lists with its dotted name, without those in :data:`FREE`."""
+    if name in FREE:
+        return
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import sys
 import time
@@ -125,17 +126,19 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
             f"{annotator.bundle.name} does not say its window; using {annotator.bundle.window} tokens "
             "(--window overrides)"
         )
-    started = time.monotonic()
     description = _description(options, form, found.files, annotator)
-    tally = Tally()
-    progress = _Progress(found.files, enabled=not options.quiet)
-    sink = _sink(options, form, sinks.TableOptions(options.text, options.nested, kept), stdout)
-    try:
+    tables = sinks.TableOptions(options.text, options.nested, kept)
+    with (
+        contextlib.closing(_sink(options, form, tables, stdout)) as sink,
+        contextlib.closing(_Progress(found.files, enabled=not options.quiet)) as progress,
+        _interruptible(sink),
+    ):
+        started = time.monotonic()
         before, finished = sink.earlier()
-        if before is None:
-            sink.start(description)
-        else:
+        if before is not None:
             resume.check_description(sink.name, before, description)
+        sink.start(description)
+        tally = Tally()
 
         def show() -> None:
             progress.update(tally, reader.bytes_read)
@@ -148,6 +151,7 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
             else:
                 sink.write(part, _counted(annotator.stream(batches), tally, show))
                 tally.parts += 1
+        sink.check_end()
         done: dict[str, Any] = {
             "inputs": reader.inputs(),
             "counts": asdict(tally)
@@ -159,9 +163,6 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
                 _say(f"{sink.name} was finished already")
             return finished | {"options": description["options"]}
         return sink.finish({**description, **done, "seconds": round(time.monotonic() - started, 3)})
-    finally:
-        progress.close()
-        sink.close()
 
 
 def check_rejected(manifest: dict[str, Any]) -> None:
@@ -234,6 +235,19 @@ def _counted(batches: Iterable[pa.RecordBatch], tally: Tally, show: Callable[[],
         show()
 
 
+@contextlib.contextmanager
+def _interruptible(sink: sinks.Sink) -> Iterator[None]:
+    """An interruption tells how to go on, where that is possible."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as exc:
+        if sink.resumable:
+            exc.add_note(f"--resume goes on with {sink.name}")
+        raise
+
+
 def _check_apart(files: Iterable[sources.InputFile], output: str) -> None:
     """Refuse to read what the run writes: an input would be replaced, or spans read as though they were notes."""
     written = {path.resolve() for path in sinks.paths(Path(output)) if output != "-" and path.exists()}
@@ -286,7 +300,8 @@ def _description(
     return {
         "medner": version("medner"),
         "versions": {"onnxruntime": runtime.version()}
-        | {name: version(name) for name in ("tokenizers", "sentencex", "pyarrow", "numpy")},
+        | {name: version(name) for name in ("tokenizers", "sentencex", "pyarrow", "numpy")}
+        | {"python": platform.python_version()},
         "model": {
             "name": bundle.name,
             "precision": annotator.precision,

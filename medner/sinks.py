@@ -7,10 +7,11 @@ to the disk, and renamed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -123,17 +124,36 @@ def _mentions(batch: pa.RecordBatch) -> list[str]:
 def json_lines(table: pa.Table) -> Iterator[bytes]:
     """The rows of a table as JSON lines; a score is written with the digits that tell float32 numbers apart.
 
-    Dates, times and decimals of kept columns are written as Arrow prints them.
+    Dates, times and decimals of kept columns, inside lists and structs, too, are written as Arrow prints them.
     """
     for index, name in enumerate(table.column_names):
         column = table.column(name)
         if name in ("score", "spans"):
             table = table.set_column(index, name, _short_floats(column.combine_chunks()))
-        elif pa.types.is_temporal(column.type) or pa.types.is_decimal(column.type):
-            table = table.set_column(index, name, column.cast(pa.string()))
+        elif (printed := _printed(column.type)) != column.type:
+            table = table.set_column(index, name, column.cast(printed))
     for batch in table.to_batches(max_chunksize=1024):
         for row in batch.to_pylist():
             yield orjson.dumps(row, default=str) + b"\n"
+
+
+def _printed(kind: pa.DataType) -> pa.DataType:
+    """A type with strings in the place of what neither JSON nor Python holds exactly, such as nanoseconds."""
+    if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
+        return pa.string()
+    if pa.types.is_dictionary(kind):
+        return _printed(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_printed(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_printed(kind.key_type), _printed(kind.item_type))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_printed(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_printed(kind.value_type)))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_printed(kind.value_type)), kind.list_size)
+    return kind
 
 
 def json_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -141,18 +161,25 @@ def json_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     return map(orjson.loads, json_lines(table))
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of a part, Parquet or JSONL, with JSON's values. Raises :class:`OutputError` if it is damaged."""
     try:
         if path.suffix == ".parquet":
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches():
-                    yield from json_rows(pa.Table.from_batches([batch]))
+                    yield from _with_columns(json_rows(pa.Table.from_batches([batch])), columns)
         else:
             with path.open("rb") as lines:
-                yield from map(orjson.loads, lines)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as exc:
+                yield from _with_columns(map(orjson.loads, lines), columns)
+    except (OSError, ValueError, pa.ArrowException) as exc:
         raise _damaged(path) from exc
+
+
+def _with_columns(rows: Iterable[Any], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if not isinstance(row, dict) or list(row) != list(columns):
+            raise ValueError("not a row of this table")
+        yield row
 
 
 def _damaged(path: Path) -> OutputError:
@@ -205,13 +232,17 @@ class _Draft:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes its final name only if the block ends without an error. Raises :class:`OutputError`."""
+def atomic(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
+    """A binary file that takes its final name only if the block ends without an error. Raises :class:`OutputError`.
+
+    check: called when all is on the disk; what it raises stops the file from taking its name.
+    """
     with _translated(path):
         draft = _Draft(path)
         try:
             yield draft.file
             draft.close()
+            check()
             draft.commit()
         finally:
             draft.discard()
@@ -238,6 +269,9 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # a file system that cannot do this for directories
+            raise
     finally:
         os.close(descriptor)
 
@@ -248,20 +282,19 @@ def _sha256(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """An object that was written by :func:`write_json`, None if there is none, and an empty one if it is damaged."""
     try:
         value = orjson.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
-        value = None
-    if not isinstance(value, dict):
-        raise OutputError(f"{path}: damaged or cut short; pass --overwrite to run anew")
-    return value
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically."""
-    with atomic(path) as file:
+def write_json(path: Path, value: object, check: Callable[[], None] = lambda: None) -> None:
+    """Write a JSON file atomically; check: as in :func:`atomic`."""
+    with atomic(path, check) as file:
         file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str) + b"\n")
 
 
@@ -310,9 +343,13 @@ class _TableFile:
 
 
 class Sink:
-    """Where a run's parts go. Without an override nothing is recorded beside them, and nothing is kept."""
+    """Where a run's parts go. Without an override nothing is recorded beside them, and nothing is kept.
+
+    resumable: what is committed stays after a failure, for a later run to go on with.
+    """
 
     name: str
+    resumable = False
 
     def earlier(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """``run.json`` and ``manifest.json`` of an earlier run that this one continues, each None if there is none."""
@@ -329,6 +366,9 @@ class Sink:
         """Take a part's annotated batches as they come; with the last one the part is complete."""
         raise NotImplementedError
 
+    def check_end(self) -> None:
+        """Raise :class:`OutputError` where there is a part beyond the last one that was kept or written."""
+
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Complete the output; returns the manifest as it was written."""
         return manifest
@@ -342,6 +382,8 @@ class DirectorySink(Sink):
 
     One process at a time writes it; see :mod:`medner.lock`.
     """
+
+    resumable = True
 
     def __init__(
         self,
@@ -362,6 +404,7 @@ class DirectorySink(Sink):
         self._options = options
         self._resume = resume
         self._digests: dict[str, str] = {}
+        self._recorded: dict[str, str] = {}
         self.name = str(path)
         with _translated(path):
             if path.exists() and not path.is_dir():
@@ -380,15 +423,23 @@ class DirectorySink(Sink):
                 raise
 
     def earlier(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """As in :class:`Sink`. Raises :class:`OutputError` where one of them cannot be read."""
+        """As in :class:`Sink`. Raises :class:`OutputError` where one of them is damaged."""
         if not self._resume:
             return None, None
-        run, manifest = (_read_json(self._path / name) for name in (RUN, MANIFEST))
+        with _translated(self._path):
+            run, manifest = (_read_json(self._path / name) for name in (RUN, MANIFEST))
+        if run == {}:
+            raise OutputError(f"{self._path / RUN}: damaged or cut short; pass --overwrite to run anew")
+        if manifest is not None:
+            if not {"inputs", "counts", "files"} <= manifest.keys():
+                raise _damaged(self._path / MANIFEST)
+            self._recorded = manifest["files"]
         return run, manifest
 
     def start(self, run: dict[str, Any]) -> None:
-        """Record what is being run, before anything else is written."""
-        write_json(self._path / RUN, run)
+        """Record what is being run, before anything else is written; of a run that is resumed that is on record."""
+        if not (self._resume and (self._path / RUN).is_file()):
+            write_json(self._path / RUN, run, self._lock.check)
         with _translated(self._path):
             for folder in FOLDERS:
                 (self._path / folder).mkdir(exist_ok=True)
@@ -399,20 +450,26 @@ class DirectorySink(Sink):
         spans, notes = (self._path / folder / self._part(part) for folder in FOLDERS)
         if not (self._resume and spans.is_file() and notes.is_file()):
             return None
-        rows = list(read_rows(notes))
+        digests = {f"{file.parent.name}/{file.name}": _sha256(file) for file in (spans, notes)}
+        for name, digest in digests.items():
+            if self._recorded.get(name, digest) != digest:
+                raise _damaged(self._path / name)
+        rows = list(read_rows(notes, self._options.notes_schema().names))
         expected = len(rows) if self._options.nested else sum(row["n_spans"] for row in rows)
-        if sum(1 for _ in read_rows(spans)) != expected:
+        if sum(1 for _ in read_rows(spans, self._options.spans_schema().names)) != expected:
             raise _damaged(spans)
-        self._digests |= {f"{file.parent.name}/{file.name}": _sha256(file) for file in (spans, notes)}
+        self._digests |= digests
         return rows
 
     def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:
         """Write one part: ``spans`` first; its ``notes`` file is the mark that the part is complete."""
         tables = _tables(batches, self._options)
-        self._lock.check()
+        with _translated(self._path):
+            # A finished run that is short of a part is finished no longer.
+            (self._path / MANIFEST).unlink(missing_ok=True)
         for folder, table in zip(FOLDERS, tables, strict=True):
             path = self._path / folder / self._part(part)
-            with atomic(path) as file:
+            with atomic(path, self._lock.check) as file:
                 draft = _TableFile(file, table.schema, self._form, None)
                 try:
                     draft.write(table)
@@ -422,20 +479,19 @@ class DirectorySink(Sink):
                     raise
             self._digests[f"{folder}/{path.name}"] = _sha256(path)
 
-    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest, the mark of a finished run, with every file's SHA-256.
-
-        Raises :class:`OutputError` where the directory holds a part that this run has not.
-        """
-        self._lock.check()
+    def check_end(self) -> None:
+        """As in :class:`Sink`; of such a part a later ``spans`` or ``notes`` file is enough."""
         found = (f"{folder}/{file.name}" for folder in FOLDERS for file in (self._path / folder).glob("part-*"))
-        if foreign := sorted(set(found) - self._digests.keys()):
+        if beyond := sorted(set(found) - self._digests.keys()):
             raise OutputError(
-                f"{self._path / foreign[0]}: lies beyond the end of the input, which was longer when it was written; "
+                f"{self._path / beyond[0]}: lies beyond the end of the input, which was longer when it was written; "
                 "restore the input, choose another -o, or pass --overwrite"
             )
+
+    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest, the mark of a finished run, with every file's SHA-256."""
         manifest = manifest | {"files": dict(sorted(self._digests.items()))}
-        write_json(self._path / MANIFEST, manifest)
+        write_json(self._path / MANIFEST, manifest, self._lock.check)
         return manifest
 
     def close(self) -> None:
@@ -460,7 +516,7 @@ def _state(path: Path) -> str | None:
 #: What a run leaves behind when it is killed, and what it writes. A part's notes file is its mark, so it goes before
 #: its spans. The old `run.json` stays until the new one replaces it: a directory that is cleared by half is an
 #: unfinished run.
-_LEFT_OVER = (".*.json.*.tmp", "notes/.part-*.tmp", "spans/.part-*.tmp")
+_LEFT_OVER = (*(f".{name}.*.tmp" for name in (LOCK, RUN, MANIFEST)), *(f"{folder}/.part-*.tmp" for folder in FOLDERS))
 _WRITTEN = (MANIFEST, "notes/part-*", "spans/part-*")
 
 

@@ -393,7 +393,7 @@ def _base_errors(base: str) -> Any:
 
 def _load_tokenizer(base: str) -> Any:
     with _base_errors(base):
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(base).expanduser()), use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(base).expanduser()), use_fast=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ModelError(f"{base}: has no fast tokenizer; a tokenizer.json is needed")
     return tokenizer
@@ -403,11 +403,15 @@ def _load_model(base: str, tags: Sequence[str]) -> Any:
     with _base_errors(base):
         path = str(Path(base).expanduser())
         config = AutoConfig.from_pretrained(
-            path, num_labels=len(tags), id2label=dict(enumerate(tags)), label2id={tag: i for i, tag in enumerate(tags)}
+            path,
+            num_labels=len(tags),
+            id2label=dict(enumerate(tags)),
+            label2id={tag: i for i, tag in enumerate(tags)},
+            trust_remote_code=False,
         )
         # A base that was fine-tuned for other labels gets a new head.
         return AutoModelForTokenClassification.from_pretrained(
-            path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+            path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False
         )
 
 

@@ -182,6 +182,18 @@ class WordTokenizer:
     """
 
     def __init__(self, tokenizer_json: str) -> None:
+        """Raises :class:`ValueError`, in one line, for what is no tokenizer."""
+        try:
+            self._read(tokenizer_json)
+        except BaseException as exc:
+            # Files may come from anyone. The Rust code of tokenizers panics on some, and a panic is no Exception.
+            if not isinstance(exc, Exception) and type(exc).__name__ != "PanicException":
+                raise
+            line = next(iter(str(exc).splitlines()), "")[:200]
+            said = "".join(character if character.isprintable() else "\ufffd" for character in line)
+            raise ValueError(f"{type(exc).__name__}: {said}") from exc
+
+    def _read(self, tokenizer_json: str) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         # Files often carry the padding and truncation of training; either would lose text without a word.
         self._tokenizer.no_padding()

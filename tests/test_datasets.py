@@ -114,8 +114,8 @@ def test_pubtator(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         Document("3", "Gout ", ((0, 4, "Disease"),)),
     ]
     assert caplog.messages == [
-        f"{path}:11: document 1 stands there twice; the first one counts",
-        f"{path}: document 1: 1 annotations dropped, their text is not at their offsets",
+        f"{path}:11: this document stood there before; the first one counts",
+        f"{path}:1: 1 annotations dropped, their text is not at their offsets",
         f"{path}: 1 spans that overlap a longer one were dropped",
     ]
 

@@ -29,7 +29,7 @@ from medner.run import RunOptions, check_rejected, cut_parts, run, summary
 from medner.sources import ReadOptions
 
 NOTES: list[dict[str, Any]] = [
-    {"note_id": "a", "text": "Type 2 diabetes, no fever."},
+    {"note_id": "a", "text": "Type 2 diabetes, no fever.", "extra": "ICU"},
     {"note_id": 7, "text": ""},
     {"text": "Höart – heart failure 😀 fever"},
     {"note_id": 12345678901234567890123, "text": "id too large"},
@@ -211,7 +211,7 @@ def test_what_was_run_is_recorded(tmp_path: Path, notes: Path) -> None:
     assert description == {name: manifest[name] for name in ("medner", "versions", "model", "options")} | {
         "inputs": sizes
     }
-    assert list(manifest["versions"]) == ["onnxruntime", "tokenizers", "sentencex", "pyarrow", "numpy"]
+    assert list(manifest["versions"]) == ["onnxruntime", "tokenizers", "sentencex", "pyarrow", "numpy", "python"]
     model = manifest["model"]
     digest = hashlib.sha256((testing.bundle() / "onnx/model.onnx").read_bytes()).hexdigest()
     assert model["files"]["onnx/model.onnx"] == digest

@@ -143,19 +143,29 @@ def test_json_lines_hold_the_table(batch: pa.RecordBatch, nested: bool) -> None:
 
 
 def test_json_lines_of_kept_columns() -> None:
-    """Kept Parquet types are written as JSON has them, and as Arrow prints them where it has none."""
+    """Kept Parquet types are written as JSON has them, and as Arrow prints them where it has none, nested ones too."""
+    nanoseconds = pa.timestamp("ns")
     fields = {
-        "when": pa.array([datetime.datetime(2024, 2, 29, 12), None], pa.timestamp("ns")),
+        "when": pa.array([datetime.datetime(2024, 2, 29, 12), None], nanoseconds),
         "day": pa.array([datetime.date(2024, 2, 29), None]),
         "price": pa.array([decimal.Decimal("1.10"), None]),
         "share": pa.array([0.25, float("nan")]),
         "sure": pa.array([True, None]),
         "tags": pa.array([["a", None], []]),
+        "ward": pa.array(["x", None]).dictionary_encode(),
+        "list": pa.array([[1, None], None], pa.list_(nanoseconds)),
+        "large": pa.array([[decimal.Decimal("1.10")], None], pa.large_list(pa.decimal128(5, 2))),
+        "pair": pa.array([[1, 2], None], pa.list_(nanoseconds, 2)),
+        "struct": pa.array([{"a": 1, "b": [2]}, None], pa.struct({"a": pa.int8(), "b": pa.list_(pa.duration("ns"))})),
+        "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.date32())),
     }
+    first = "1970-01-01 00:00:00.00000000"
     assert [orjson.loads(line) for line in sinks.json_lines(pa.table(fields))] == [
         {"when": "2024-02-29 12:00:00.000000000", "day": "2024-02-29", "price": "1.10", "share": 0.25, "sure": True,
-         "tags": ["a", None]},
-        {"when": None, "day": None, "price": None, "share": None, "sure": None, "tags": []},
+         "tags": ["a", None], "ward": "x", "list": [f"{first}1", None], "large": ["1.10"],
+         "pair": [f"{first}1", f"{first}2"], "struct": {"a": 1, "b": ["2"]}, "map": [["k", "1970-01-02"]]},
+        {"when": None, "day": None, "price": None, "share": None, "sure": None, "tags": [], "ward": None, "list": None,
+         "large": None, "pair": None, "struct": None, "map": None},
     ]  # fmt: skip
 
 
