@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+#: Between two looks at a process that runs.
+WATCH_SECONDS = 0.25
 #: Real notes; see README.
 DATA = Path(os.environ.get("MEDNER_DATA", ROOT.parent / "shared" / "data"))
 
@@ -33,8 +35,15 @@ class Run:
     peak_mib: float
 
 
-def timed(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Run:
-    """Run a command to its end; raises RuntimeError with what it said on standard error where it fails."""
+def timed(
+    command: Sequence[str | Path],
+    env: Mapping[str, str] | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> Run:
+    """Run a command to its end; raises RuntimeError with what it said on standard error where it fails.
+
+    watch: called with the process's id every :data:`WATCH_SECONDS` while it runs.
+    """
     with tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         process = subprocess.Popen(
@@ -44,6 +53,10 @@ def timed(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -
             stderr=errors,
             env={**os.environ, **(env or {})},
         )
+        # WNOWAIT leaves the end to be collected below, where it comes with what the process used.
+        while watch and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            watch(process.pid)
+            time.sleep(WATCH_SECONDS)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -13,6 +13,7 @@ Every round measures the products before and after medner and takes the better r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -348,9 +349,9 @@ def stage_seconds(notes: Path, bundle: bundles.Bundle, model: Model, options: Op
         raise RuntimeError(f"never called: {', '.join(missing)}; bring STAGES up to date")
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
-        sink = sinks.DirectorySink(Path(folder) / "run", "parquet", sinks.TableOptions())
-        sink.start({})
-        sink.commit(0, annotated)
+        with contextlib.closing(sinks.DirectorySink(Path(folder) / "run", "parquet", sinks.TableOptions())) as sink:
+            sink.start({})
+            sink.write(0, annotated)
         writing = time.process_time() - start
     return {
         "reading": reading,

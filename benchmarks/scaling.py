@@ -17,7 +17,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,18 @@ def with_other_digits(text: str, rng: random.Random) -> str:
     return _DIGIT.sub(lambda _: rng.choice("0123456789"), text)
 
 
-def corpus(texts: Sequence[str], n: int, seed: int = SEED) -> Iterator[tuple[str, str]]:
-    """``n`` notes as pairs of id and text: the texts in an order drawn by ``seed``, then again with other digits."""
+def corpus(
+    texts: Sequence[str],
+    n: int,
+    seed: int = SEED,
+    change: Callable[[str, random.Random], str] = with_other_digits,
+) -> Iterator[tuple[str, str]]:
+    """``n`` notes as pairs of id and text: the texts in an order drawn by ``seed``, then again, each changed."""
     order = random.Random(seed).sample(list(texts), len(texts))
     for number in range(n):
         copy, i = divmod(number, len(order))
         text = order[i]
-        yield f"{copy}-{i}", with_other_digits(text, random.Random(f"{seed} {number}")) if copy else text
+        yield f"{copy}-{i}", change(text, random.Random(f"{seed} {number}")) if copy else text
 
 
 def measure(model: str, texts: Sequence[str], unit: int, sizes: Sequence[int], rounds: int) -> dict[str, Any]:

@@ -7,11 +7,13 @@ windows of one padded length, computed on one thread.
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import overload
@@ -22,8 +24,8 @@ import pyarrow as pa
 
 from medner import bundle as bundles
 from medner import decode, schema, windows
-from medner.errors import InputError, ModelError
-from medner.runtime import Session, available_cpus, resolve_device
+from medner.errors import DeviceError, InputError, ModelError
+from medner.runtime import Session, available_cpus, has_cuda, resolve_device
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,12 +38,12 @@ BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
 #: Padded lengths are multiples of this: one on a CPU, where padding is work for nothing; on a GPU, few shapes.
 PAD_MULTIPLE = {"cpu": 1, "cuda": 8}
 
-#: Memory for the results of windows that may come again.
-REUSE_BYTES = 48 * 2**20
+#: Memory for the results of windows that may come again: of 110,000 where four in ten hold a mention, as in notes.
+#: Half of them stay for certain, enough for all that come again in MTSamples.
+REUSE_BYTES = 16 * 2**20
 
-#: What one of them takes beside its ids: resident memory of 100,000, of which four in ten hold a mention, as in visit
-#: notes.
-_ENTRY_BYTES = 340
+#: What one of them takes beside its answer: its key, and its place in a dict that has just grown, as measured.
+_ENTRY_BYTES = 100
 
 #: A stream's first job is small, so that its first spans come soon; each is twice the one before, up to the last.
 _FIRST_JOB_CHARS, _JOB_CHARS = 1 << 14, 1 << 17
@@ -57,9 +59,10 @@ class Options:
     """How to annotate. None of these but ``precision``, ``window`` and ``min_score`` changes a span.
 
     precision: auto, fp32, fp16 or int8. device: auto, cpu, cuda or cuda:N. window: tokens, special ones included; None
-    takes the bundle's. threads: inference threads; None takes the CPUs this process may use. batch_tokens: padded
-    tokens of one inference call; None takes :data:`BATCH_TOKENS`. min_score: spans below it are left out. reuse:
-    infer equal windows once. text_column: the column that holds the notes.
+    takes the bundle's. threads: inference threads; None takes the CPUs this process may use, on CUDA two. batch_tokens:
+    padded tokens of one inference call; None takes :data:`BATCH_TOKENS`, on CUDA what :meth:`Session.probe` finds.
+    min_score: spans below it are left out. reuse: infer equal windows once. text_column: the column that holds the
+    notes.
     """
 
     precision: str = "auto"
@@ -93,12 +96,13 @@ class Annotator:
         """Use :meth:`load`; this is for a model that is not an onnxruntime session.
 
         precision: the variant that ``model`` computes, for the record. The attribute ``types`` names the entity types
-        that the model knows.
+        that the model knows; ``notice`` is a line about the device for a person, empty where there is nothing to say.
         """
         self.bundle = bundle
         self.options = options
         self.precision = precision
         self.session = session
+        self.notice = ""
         self.counts = Counts()
         self._tags = decode.tag_set(bundle.labels)
         self._outside = int(np.flatnonzero(self._tags.type_of < 0)[0])
@@ -110,9 +114,17 @@ class Annotator:
         self.types = self._tags.types
         self._capacity = bundle.window - len(self._tokenizer.prefix) - len(self._tokenizer.suffix)
         device = "cuda" if session is not None and session.device.startswith("cuda") else "cpu"
-        self.threads = options.threads or (1 if device == "cuda" else available_cpus())
+        # On a GPU the host prepares one batch while the device computes another.
+        self.threads = options.threads or (2 if device == "cuda" else available_cpus())
         self.batch_tokens = options.batch_tokens or BATCH_TOKENS[device]
+        if session is not None and device == "cuda":
+            if options.batch_tokens is None:
+                self.batch_tokens = session.probe(bundle.window)
+            session.most_tokens = self.batch_tokens
         self._pad_multiple = PAD_MULTIPLE[device]
+        # Enough for every thread to have several batches, with windows of each length to fill them; a GPU has few
+        # lengths, and waits for none of its threads.
+        self._job_chars = max(_JOB_CHARS, (192 if device == "cuda" else 24 * self.threads) * self.batch_tokens)
         self._reuse = _Reuse(REUSE_BYTES) if options.reuse else None
 
     @classmethod
@@ -124,12 +136,27 @@ class Annotator:
         """
         options = options or Options()
         bundle = bundles.load(model, options.window)
-        device = resolve_device(options.device)
+        if options.device != "auto" or not has_cuda():
+            return cls._open(bundle, options, resolve_device(options.device))
+        try:
+            annotator = cls._open(bundle, options, "cuda:0")
+        except DeviceError as exc:
+            annotator = cls._open(bundle, options, "cpu")
+            annotator.notice = f"--device auto takes the CPU, for it could not take CUDA: {exc}"
+        else:
+            annotator.notice = " ".join(filter(None, ["--device auto takes cuda:0", annotator.notice]))
+        return annotator
+
+    @classmethod
+    def _open(cls, bundle: bundles.Bundle, options: Options, device: str) -> Annotator:
         precision, graph = bundle.variant(options.precision, device.partition(":")[0])
         session = Session(graph, device)
         if session.n_labels not in (None, len(bundle.labels)):
             raise ModelError(f"{graph}: has {session.n_labels} classes, but config.json names {len(bundle.labels)}")
-        return cls(bundle, session, options, precision=precision, session=session)
+        annotator = cls(bundle, session, options, precision=precision, session=session)
+        if device != "cpu" and precision == "int8":
+            annotator.notice = "int8 is slower than fp16 on CUDA"
+        return annotator
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle as the recipe."""
@@ -174,20 +201,22 @@ class Annotator:
         plan = ThreadPoolExecutor(1, thread_name_prefix="medner-plan")
         under_way: deque[Future[_Plan]] = deque()
         waiting: deque[_Rows] = deque()
+        settled: list[_Result] = []
         try:
             for job in self._jobs(batches, waiting):
                 # One planning thread, so that which window is inferred and which reused follows from the input alone.
-                under_way.append(plan.submit(self._plan, job, infer, cache))
-                if len(under_way) > _JOBS_AHEAD:
-                    self._finish(under_way.popleft().result())
+                under_way.append(plan.submit(self._plan, job, infer, cache, settled))
+                settled = self._finish(under_way.popleft().result()) if len(under_way) > _JOBS_AHEAD else []
                 while waiting and waiting[0].is_done():
                     yield waiting.popleft().batch()
             while under_way:
-                self._finish(under_way.popleft().result())
+                settled += self._finish(under_way.popleft().result())
                 while waiting and waiting[0].is_done():
                     yield waiting.popleft().batch()
             while waiting:
                 yield waiting.popleft().batch()
+            if cache is not None:
+                cache.settle(settled)
             self._reuse = cache
         finally:
             plan.shutdown(cancel_futures=True)
@@ -195,8 +224,6 @@ class Annotator:
 
     def _jobs(self, batches: Iterable[pa.RecordBatch], waiting: deque[_Rows]) -> Iterator[list[_Piece]]:
         """Group the pieces of the notes into jobs of about equal work; ``waiting`` gets each batch as it is read."""
-        # Enough for every thread to have several batches, with windows of each length to fill them.
-        largest = max(_JOB_CHARS, 24 * self.batch_tokens * self.threads)
         limit = _FIRST_JOB_CHARS
         job: list[_Piece] = []
         size = 0
@@ -212,16 +239,21 @@ class Annotator:
                     size += end - start
                     if size >= limit:
                         yield job
-                        job, size, limit = [], 0, min(2 * limit, largest)
+                        job, size, limit = [], 0, min(2 * limit, self._job_chars)
             rows.is_read = True
             if size >= limit:
                 yield job
-                job, size, limit = [], 0, min(2 * limit, largest)
+                job, size, limit = [], 0, min(2 * limit, self._job_chars)
         if job:
             yield job
 
-    def _plan(self, job: list[_Piece], infer: ThreadPoolExecutor, cache: _Reuse | None) -> _Plan:
-        """Tokenize a job, cut windows, and hand those not seen before to the inference threads."""
+    def _plan(
+        self, job: list[_Piece], infer: ThreadPoolExecutor, cache: _Reuse | None, settled: list[_Result]
+    ) -> _Plan:
+        """Tokenize a job, cut windows, and hand those not seen before to the inference threads.
+
+        settled: results of jobs that were done when this one was handed in.
+        """
         texts: list[str] = []
         starts: list[int] = []
         piece_bounds = [0]
@@ -243,6 +275,7 @@ class Annotator:
         kept: list[tuple[int, _Result]] = []
         new: Sequence[int] = range(len(packed))
         if cache is not None:
+            cache.settle(settled)
             new, known, kept = _sort_out(tokens.ids, packed, cache)
         self.counts.inferred += len(new)
         self.counts.reused += len(packed) - len(new)
@@ -277,21 +310,25 @@ class Annotator:
         answers.probabilities[position[own]] = probabilities[:, len(prefix) : len(prefix) + len(inner)][own]
         answers.add(int((bounds[:, 3] - bounds[:, 2]).sum()))
 
-    def _finish(self, plan: _Plan) -> None:
-        """Wait for a job's results and decode them into the rows that they belong to."""
+    def _finish(self, plan: _Plan) -> list[_Result]:
+        """Wait for a job's results and decode them into the rows that they belong to; gives those to be remembered."""
         for future in plan.futures:
             future.result()
         tokens, answers = plan.tokens, plan.answers
-        inside = np.concatenate([[0], np.cumsum(self._tags.type_of[answers.tags] >= 0)])
+        inside = np.flatnonzero(self._tags.type_of[answers.tags] >= 0)
+        edges = np.searchsorted(inside, plan.bounds[:, 2:])
         for number, result in plan.kept:
-            start, end = plan.bounds[number, 2:]
-            if inside[end] > inside[start]:
-                result.keep(answers.tags[start:end], answers.probabilities[start:end])
+            low, high = edges[number]
+            if high > low:
+                at = inside[low:high]
+                result.keep(at - plan.bounds[number, 2], answers.tags[at], answers.probabilities[at])
         for number, result in plan.known:
             start, end = plan.bounds[number, 2:]
             answers.add(int(end - start))
-            if (kept := result.kept()) is not None:
-                answers.tags[start:end], answers.probabilities[start:end] = kept
+            if result.inside:
+                kept = result.kept()
+                at = start + kept["at"]
+                answers.tags[at], answers.probabilities[at] = kept["tag"], kept["probability"]
         if answers.count != len(tokens.ids):
             raise AssertionError("windows do not cover the tokens")  # pragma: no cover
         found = self._decode(plan, answers.tags, answers.probabilities)
@@ -307,6 +344,7 @@ class Annotator:
                 n_unknown=int(unknown[high] - unknown[low]),
                 n_windows=plan.window_counts[i],
             )
+        return [result for _, result in plan.kept]
 
     def _decode(self, plan: _Plan, tags: npt.NDArray[np.int16], probabilities: npt.NDArray[np.float32]) -> _FoundSpans:
         tokens = plan.tokens
@@ -353,47 +391,77 @@ class _Answers:
             self.count += count
 
 
+#: A token inside a mention: its place among those that its window answers for, its tag and its probability.
+_INSIDE = np.dtype([("at", "<i4"), ("tag", "<i2"), ("probability", "<f4")])
+
+
 class _Result:
-    """A window's answer, to be used again. Most windows hold no mention: for them nothing needs to be kept."""
+    """A window's answer, to be used again: its tokens inside mentions. Most windows have none."""
 
-    __slots__ = ("_answer",)
+    __slots__ = ("inside", "key")
 
-    def __init__(self) -> None:
-        self._answer: bytes | None = None
+    def __init__(self, key: bytes, inside: bytes = b"") -> None:
+        self.key = key
+        self.inside = inside
 
-    def keep(self, tags: npt.NDArray[np.int16], probabilities: npt.NDArray[np.float32]) -> None:
-        # As bytes it takes a third of what two arrays take.
-        self._answer = probabilities.tobytes() + tags.tobytes()
+    def keep(self, at: Ints, tags: npt.NDArray[np.int16], probabilities: npt.NDArray[np.float32]) -> None:
+        inside = np.empty(len(at), _INSIDE)
+        inside["at"], inside["tag"], inside["probability"] = at, tags, probabilities
+        self.inside = inside.tobytes()
 
-    def kept(self) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]] | None:
-        if self._answer is None:
-            return None
-        n = len(self._answer) // 6
-        return np.frombuffer(self._answer, np.int16, n, 4 * n), np.frombuffer(self._answer, np.float32, n)
+    def kept(self) -> npt.NDArray[np.void]:
+        """As :data:`_INSIDE`, [n]."""
+        return np.frombuffer(self.inside, _INSIDE)
 
 
 class _Reuse:
-    """Results by the ids of their window; the least recently used go first. Used by the planning thread alone."""
+    """Results by the key of their window, in two generations: when the young one is full, the old one is forgotten.
+
+    So what was used last stays, half of the limit or more. An ordered dict takes twice the memory once it forgets.
+    Results are kept as bytes, without an object for each; those under way are objects. For the planning thread alone.
+    """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self._limit = limit // 2
         self._size = 0
-        self._results: OrderedDict[bytes, _Result] = OrderedDict()
+        self._young: dict[bytes, bytes] = {}
+        self._old: dict[bytes, bytes] = {}
+        self._under_way: dict[bytes, _Result] = {}
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old) + len(self._under_way)
 
     def get(self, key: bytes) -> _Result | None:
-        result = self._results.get(key)
-        if result is not None:
-            self._results.move_to_end(key)
-        return result
+        inside = self._young.get(key)
+        if inside is None and (inside := self._old.pop(key, None)) is not None:
+            self._hold(key, inside)
+        return self._under_way.get(key) if inside is None else _Result(key, inside)
 
     def put(self, key: bytes) -> _Result:
-        """Remember a window; its result is filled in when the job that infers it is done."""
-        result = self._results[key] = _Result()
-        self._size += _ENTRY_BYTES + len(key)
-        while self._size > self._limit:
-            freed, _ = self._results.popitem(last=False)
-            self._size -= _ENTRY_BYTES + len(freed)
+        """Expect a window's result, which is filled in when the job that infers it is done, and then settled."""
+        result = self._under_way[key] = _Result(key)
         return result
+
+    def settle(self, results: Iterable[_Result]) -> None:
+        """Remember results that are filled in."""
+        for result in results:
+            del self._under_way[result.key]
+            self._hold(result.key, result.inside)
+
+    def _hold(self, key: bytes, inside: bytes) -> None:
+        size = _ENTRY_BYTES + sys.getsizeof(inside)
+        if self._size + size > self._limit:
+            self._young, self._old, self._size = {}, self._young, 0
+        self._young[key] = inside
+        self._size += size
+
+
+def _key(window: bytes) -> bytes:
+    """What stands for a window in memory: of any window 16 bytes, and none of the note.
+
+    Of a thousand million windows two have one key with a chance of 1 in 10**21, far less than that of a memory error.
+    """
+    return blake2b(window, digest_size=16).digest()
 
 
 def _sort_out(
@@ -405,11 +473,12 @@ def _sort_out(
     known: list[tuple[int, _Result]] = []
     kept: list[tuple[int, _Result]] = []
     for number, window in enumerate(packed):
-        key = raw[4 * window.start : 4 * window.end]
+        asked = raw[4 * window.start : 4 * window.end]
         own = (window.own_start - window.start, window.own_end - window.start)
         if own != (0, window.end - window.start):
             # Of a segment too long for one window, each answers for a part. No id is -1.
-            key += np.array([-1, *own], dtype=np.int32).tobytes()
+            asked += np.array([-1, *own], dtype=np.int32).tobytes()
+        key = _key(asked)
         result = cache.get(key)
         if result is None:
             new.append(number)

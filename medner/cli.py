@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -15,6 +16,9 @@ import click
 from click.shell_completion import shell_complete
 
 from medner.errors import MednerError, OutputError
+
+#: Of mallopt(3): blocks of so many bytes and more are mapped, and unmapped as soon as they are free.
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**18
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -35,6 +39,18 @@ def _print(message: str, *, err: bool = False) -> None:
         raise
     except OSError as exc:
         raise OutputError(f"standard {'error' if err else 'output'}: cannot be written: {exc.strerror}") from exc
+
+
+def _give_memory_back() -> None:
+    """Have what a run frees go back to the system; for a process of its own, before pyarrow is loaded.
+
+    Pyarrow's own allocator keeps tens of MiB of what a part's tables took. Glibc, once a large array was freed, puts
+    others on its heap, where they leave gaps. What the user chose by the environment stays.
+    """
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # a system without glibc
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 @click.group(context_settings=_CONTEXT)
@@ -92,8 +108,7 @@ def annotate(**given: Any) -> None:
     Writes a row per span and a row per note. INPUT - reads JSON lines from standard input; -o - writes a JSON record
     per note to standard output.
     """
-    # Read when pyarrow is loaded. Its own choice keeps tens of MiB of what the tables of a part took.
-    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    _give_memory_back()
     from medner import run
     from medner.annotate import Options
     from medner.sources import ReadOptions

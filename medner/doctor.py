@@ -394,7 +394,7 @@ def _no_gpu(device: str, build: runtime.Build | None, driver: Driver) -> Finding
         return Finding(
             "gpu",
             "problem",
-            f"{found}, and this onnxruntime takes CUDA unless told otherwise",
+            f"{found}, though this onnxruntime is built for CUDA; notes would be annotated on the CPU",
             f'{step}, or pass --device cpu, or: pip uninstall -y onnxruntime-gpu && pip install "medner[cpu]"',
         )
     if driver.error or driver.files:

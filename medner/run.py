@@ -121,6 +121,8 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
     reader = sources.Reader(found.files, options.read, stdin)
     kept = tuple(reader.schema.field(name) for name in options.read.keep)
     annotator = Annotator.load(options.model, options.annotate)
+    if annotator.notice and not options.quiet:
+        _say(annotator.notice)
     if annotator.bundle.foreign and options.annotate.window is None and not options.quiet:
         _say(
             f"{annotator.bundle.name} does not say its window; using {annotator.bundle.window} tokens "

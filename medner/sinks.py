@@ -608,7 +608,9 @@ def _tables(batches: Iterable[pa.RecordBatch], options: TableOptions) -> tuple[p
     for batch in batches:
         spans.append(spans_table(batch, options))
         notes.append(notes_table(batch, options))
-    return pa.concat_tables(spans).combine_chunks(), pa.concat_tables(notes).combine_chunks()
+        # Or else what is freed piece by piece stays with the process, and memory grows over a run.
+        pa.default_memory_pool().release_unused()
+    return pa.concat_tables(spans), pa.concat_tables(notes)
 
 
 def file_format(path: Path) -> str | None:

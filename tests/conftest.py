@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,26 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no data in {path}; set MEDNER_DATA")
     return path
+
+
+@pytest.fixture
+def files_of_at_most() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """A block in which no file of this process grows beyond some bytes; the kernel refuses the rest, in mid-write.
+
+    Not for longer than a block: pytest's own output is a file, too, where it is redirected into one.
+    """
+    resource = pytest.importorskip("resource")
+
+    @contextlib.contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture(scope="session")

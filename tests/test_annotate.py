@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import pickle
 import random
+import sys
 import threading
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -483,20 +484,23 @@ def test_what_the_model_does_not_see_again(tiny: Annotator, monkeypatch: pytest.
 
 
 def test_windows_without_mentions_keep_nothing(caches: list[annotate._Reuse]) -> None:
-    """A window is remembered with its tags and probabilities where it has a mention, and with nothing else."""
+    """A window is remembered with the tags and probabilities of its mentions' tokens, and with nothing else."""
     annotator = testing.annotator()
     notes = ["asthma", "x y", "x fever b", "x y", "b d q x", "asthma"]
     assert [len(row or []) for row in rows(annotator, [as_batch(notes)])] == [1, 0, 1, 0, 0, 1]
     cache = caches[0]
-    kept = {len(key) // 4: result.kept() for key, result in cache._results.items()}
-    assert sorted(kept) == [1, 2, 3, 4]
-    assert kept[2] is kept[4] is None
-    for size, expected in ((1, [1]), (3, [0, 1, 0])):
-        answer = kept[size]
-        assert answer is not None
-        tags, probabilities = answer
-        assert tags.tolist() == expected
-        assert probabilities[expected.index(1)] == pytest.approx(score("asthma" if size == 1 else "fever"), abs=1e-6)
+    assert len(cache) == 4
+
+    def kept(text: str) -> Any:
+        result = cache.get(annotate._key(annotator._tokenizer.tokenize([text]).ids.astype(np.int32).tobytes()))
+        assert result is not None
+        return result.kept().tolist()
+
+    assert kept("x y") == kept("b d q x") == []
+    for text, mention, place in (("asthma", "asthma", 0), ("x fever b", "fever", 1)):
+        ((at, tag, probability),) = kept(text)
+        assert (at, tag) == (place, 1)
+        assert probability == pytest.approx(score(mention), abs=1e-6)
 
 
 def test_overlapping_windows_are_reused(tiny: Annotator) -> None:
@@ -511,16 +515,67 @@ def test_overlapping_windows_are_reused(tiny: Annotator) -> None:
     assert (annotator.counts.inferred, annotator.counts.reused, sum(fed)) == (8, 15, 8)
 
 
+#: What a window without a mention counts.
+EMPTY = annotate._ENTRY_BYTES + sys.getsizeof(b"")
+
+
 def test_reuse_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory is bounded; a window that was forgotten is inferred again with the same result."""
-    monkeypatch.setattr(annotate, "REUSE_BYTES", 232)
-    monkeypatch.setattr(annotate, "_ENTRY_BYTES", 100)
+    small_jobs(monkeypatch)
+    monkeypatch.setattr(annotate, "_JOBS_AHEAD", 0)
+    monkeypatch.setattr(annotate, "REUSE_BYTES", 4 * EMPTY)
     annotator = testing.annotator()
-    # With 4 bytes for a token, two windows fit, of at most eight tokens together.
-    notes = ["asthma", "x fever", "asthma", "a b c d e", "asthma", "x fever", "a b c d e f g", "asthma", "x fever"]
-    assert [len(row or []) for row in rows(annotator, [as_batch(notes)])] == [1, 1, 1, 0, 1, 1, 0, 1, 1]
-    # a b c d e drives out x fever (asthma was used since) and x fever drives it out; a b c d e f g drives out both.
-    assert (annotator.counts.inferred, annotator.counts.reused) == (7, 2)
+    notes = ["x a", "x b", "x a", "x c", "x a", "x b", "x d", "x c", "x a", "x b", "fever"]
+    assert [len(row or []) for row in rows(annotator, [as_batch(notes)])] == [0] * 10 + [1]
+    # Two windows make a generation: a and b; then c and, since it is used again, a; then b and d. C is known still and
+    # begins the next; with it goes the generation before, and a is inferred again.
+    assert (annotator.counts.inferred, annotator.counts.reused) == (6, 5)
+
+
+def remember(memory: annotate._Reuse, key: bytes, inside: bytes = b"") -> None:
+    """Put a window into a memory, with the result that it has got by the time that its job is done."""
+    result = memory.put(key)
+    result.inside = inside
+    memory.settle([result])
+
+
+def test_generations() -> None:
+    """Of windows used in turn as many as half of the limit stay known; what was not used for longer is forgotten."""
+    memory = annotate._Reuse(8 * EMPTY)
+    for key in (b"a", b"b", b"c", b"d", b"e", b"f", b"g"):
+        remember(memory, key)
+    assert memory.get(b"a") is not None
+    assert len(memory) == 7
+    for key in (b"h", b"i", b"j"):
+        remember(memory, key)
+    assert memory.get(b"a") is not None
+    assert [memory.get(key) for key in (b"b", b"c", b"d")] == [None, None, None]
+    assert all(memory.get(key) is not None for key in (b"h", b"i", b"j"))
+    for number in range(100):
+        remember(memory, bytes([number]))
+        assert len(memory) <= 8
+
+
+def test_results_under_way() -> None:
+    """A window is known from when it is put; until its result is there, all that ask for it get the same object."""
+    memory = annotate._Reuse(8 * EMPTY)
+    result = memory.put(b"a")
+    assert memory.get(b"a") is result
+    result.keep(np.array([3, 5]), np.array([1, 2], np.int16), np.array([0.5, 0.25], np.float32))
+    memory.settle([result])
+    settled = memory.get(b"a")
+    assert settled is not None
+    assert settled.kept().tolist() == [(3, 1, 0.5), (5, 2, 0.25)]
+    assert len(memory) == 1
+
+
+def test_keys_tell_windows_apart() -> None:
+    """Equal windows have one key, others have others, of 16 bytes however long the window is."""
+    made = [np.arange(size, dtype=np.int32).tobytes() for size in range(1, 512)]
+    keys = [annotate._key(window) for window in made]
+    assert len(set(keys)) == len(keys)
+    assert {len(key) for key in keys} == {16}
+    assert keys == [annotate._key(bytes(window)) for window in made]
 
 
 def test_reuse_lasts_from_one_stream_to_the_next(tiny: Annotator) -> None:
@@ -555,23 +610,28 @@ def test_reuse_forgets_what_was_never_inferred(tiny: Annotator, monkeypatch: pyt
     assert [len(row or []) for row in rows(annotator, batches)] == [1] * 8
 
 
-def test_what_the_memory_takes() -> None:
-    """Windows of visit notes take what is counted for them: with a mention in four of ten, no more than the limit."""
+@pytest.mark.parametrize("seen", [9_000, 60_000])
+@pytest.mark.parametrize(("of_ten", "tokens"), [(0, 0), (4, 3), (10, 3), (10, 126)])
+def test_what_the_memory_takes(seen: int, of_ten: int, tokens: int) -> None:
+    """However many windows hold a mention, and however long ones, they never take more than the limit.
+
+    Not while the memory fills up, nor at any time after it began to forget.
+    """
     limit = 2**21
-    tags, probabilities = np.zeros(16, np.int16), np.zeros(16, np.float32)
+    at, tags, probabilities = np.arange(tokens), np.ones(tokens, np.int16), np.ones(tokens, np.float32)
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        cache = annotate._Reuse(limit)
-        for number in range(20_000):
-            result = cache.put(np.full(15, number, np.int32).tobytes())
-            if number % 10 < 4:
-                result.keep(tags, probabilities)
-        after, _ = tracemalloc.get_traced_memory()
+        memory = annotate._Reuse(limit)
+        for number in range(seen):
+            result = memory.put(annotate._key(number.to_bytes(4)))
+            if number % 10 < of_ten:
+                result.keep(at, tags, probabilities)
+            memory.settle([result])
+        _, highest = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(cache._results) == limit // (annotate._ENTRY_BYTES + 60)
-    assert 0.5 * limit < after - before < limit
+    assert 0.3 * limit < highest - before < limit
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ onnx = pytest.importorskip("onnx", reason="the floor reads graphs with onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    common, floor, patients, report, reuse, scaling, startup = map(
-        import_module, ("common", "floor", "patients", "report", "reuse", "scaling", "startup")
+    common, floor, patients, report, reuse, scaling, soak, startup = map(
+        import_module, ("common", "floor", "patients", "report", "reuse", "scaling", "soak", "startup")
     )
 
 EXAMPLES = ROOT / "examples" / "notes.jsonl"
@@ -477,6 +477,88 @@ def test_scaling_in_words() -> None:
         "- Peak memory at 10x is 4.00 times that at 1x; target at most 1.10: **not met**.",
     ]
     assert scaling.growth(scaling_result(300)) is None
+
+
+def test_other_words_change_some() -> None:
+    """Of every forty words about one changes, by the seed alone; no word comes that the text does not have."""
+    text = " ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(400))
+    changed = soak.with_other_words(text, soak.random.Random(1))
+    assert changed == soak.with_other_words(text, soak.random.Random(1)) != text
+    assert set(changed.split()) < set(text.split())
+    before, after = text.split(" "), changed.split(" ")
+    kept = len(set(before) & set(after))
+    assert 380 <= kept < 400
+    assert len(changed) != len(text)
+
+
+def test_a_corpus_of_changed_notes() -> None:
+    """The first pass is the texts themselves; afterwards they come with other lengths, each time others."""
+    given = [" ".join([f"text{i}", *["fever"] * 60, "12 mg"]) for i in range(3)]
+    made = [text for _, text in scaling.corpus(given, 9, change=soak.with_other_words)]
+    assert sorted(made[:3]) == given
+    assert len(set(made)) == 9
+
+
+def test_quarters_by_hand() -> None:
+    """Eight seconds in four quarters, of two each; the last look belongs to the last one. Medians, not means."""
+    samples = [(0.0, 1.0), (1.0, 9.0), (1.5, 2.0), (2.0, 4.0), (4.0, 5.0), (5.0, 7.0), (7.0, 8.0), (8.0, 10.0)]
+    assert soak.quarters(samples) == [2.0, 4.0, 6.0, 9.0]
+    with pytest.raises(ValueError, match=r"^3 samples do not fill four quarters; take more notes$"):
+        soak.quarters([(0.0, 1.0), (1.0, 1.0), (8.0, 1.0)])
+    with pytest.raises(ValueError, match=r"^0 samples do not fill four quarters; take more notes$"):
+        soak.quarters([])
+
+
+def test_a_thinned_curve_keeps_its_peaks() -> None:
+    """Ten looks make five points, the higher of every two, in order."""
+    samples = [(float(i), mib) for i, mib in enumerate((1.0, 5.0, 2.0, 2.0, 9.0, 3.0, 4.0, 4.5, 1.0, 0.5, 0.2))]
+    assert soak.thinned(samples, 5) == [(1.0, 5.0), (2.0, 2.0), (4.0, 9.0), (7.0, 4.5), (8.0, 1.0)]
+    assert soak.thinned(samples, 100) == samples
+    assert soak.thinned([(0.0, 1.0), (0.0, 2.0)], 5) == [(0.0, 2.0)]
+
+
+def test_a_process_is_watched_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a process runs, its memory is looked at; what it held shows, and so does its failure."""
+    monkeypatch.setattr(common, "WATCH_SECONDS", 0.01)
+    seen: list[float] = []
+    program = "import sys; held = bytearray(100 * 2**20); sys.stdin.read(); import time; time.sleep(0.3)"
+    run = common.timed([sys.executable, "-c", program], watch=lambda pid: seen.append(soak.resident_mib(pid)))
+    assert 100 < max(seen) <= run.peak_mib
+    with pytest.raises(RuntimeError, match=r"gave exit code 3: $"):
+        common.timed([sys.executable, "-c", "import sys; sys.exit(3)"], watch=lambda _: None)
+
+
+def test_a_small_run_of_soak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Runs of both bundles that are asked for count all of their notes, and a bundle with none is left out."""
+    monkeypatch.setattr(common, "WATCH_SECONDS", 0.005)
+    result = soak.measure(patients.read_texts(EXAMPLES), {"tiny": 60, "default": 0})
+    (one,) = result["runs"]
+    assert (one["bundle"], one["notes"], one["parts"]) == ("tiny", 60, 1)
+    assert one["ratio"] == one["quarters_mib"][3] / one["quarters_mib"][1]
+    assert 0 < max(mib for _, mib in one["curve"]) <= one["peak_mib"] + 0.1
+    assert 4 <= len(one["curve"]) <= min(one["samples"], soak.POINTS)
+    soak.plot(result, tmp_path / "soak.png")
+    assert (tmp_path / "soak.png").stat().st_size > 0
+
+
+def test_soak_in_words() -> None:
+    """Each run has its peak, its quarters and its verdict."""
+    one = {"bundle": "abc", "notes": 150000, "reused_share": 0.25, "seconds": 1200.4, "peak_mib": 250.0}
+    one |= {"quarters_mib": [150.0, 200.0, 205.0, 210.0], "ratio": 1.05}
+    grown = one | {"bundle": "xyz", "quarters_mib": [150.0, 200.0, 205.0, 212.0], "ratio": 1.06}
+    result = MACHINE | {"target": 1.05, "every_seconds": 0.25, "runs": [one, grown]}
+    assert soak.section(result).splitlines() == [
+        "## Soak",
+        "",
+        "Resident memory of whole runs with reuse, in MiB, looked at every 0.25 s: the peak, and the median of each "
+        f"quarter of the time; {DESCRIBED}.",
+        "",
+        "| bundle | notes | windows reused | seconds | peak | 1st quarter | 2nd | 3rd | 4th | 4th / 2nd, target at "
+        "most 1.05 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        "| abc | 150,000 | 25 % | 1,200 | 250 | 150 | 200 | 205 | 210 | 1.050: met |",
+        "| xyz | 150,000 | 25 % | 1,200 | 250 | 150 | 200 | 205 | 212 | 1.060: **not met** |",
+    ]
 
 
 def test_first_span() -> None:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import pty
 import re
 import shutil
@@ -222,7 +223,10 @@ FAILURES: list[tuple[str, int, str]] = [
     ("notes.jsonl -o out --zzz", 2, USAGE + "No such option '--zzz'.\n"),
     ("notes.jsonl", 2, USAGE + "Missing option '-o' / '--output'.\n"),
     ("-o out", 2, USAGE + "Missing argument 'INPUT...'.\n"),
-    ("notes.jsonl -o out --part-rows 0", 2, USAGE + "Invalid value for '--part-rows': 0 is not in the range x>=1.\n"),
+    (
+        "notes.jsonl -o out --part-rows 0", 2,
+        USAGE + "Invalid value for '--part-rows': 0 is not in the range 1<=x<=2147483647.\n",
+    ),
     (
         "notes.jsonl -o out --max-rejected some", 2,
         "medner: --max-rejected some: use a count, a percentage such as 0.5%, or all\n",
@@ -545,8 +549,8 @@ def test_train_and_export_refuse_what_cannot_be(call: Medner, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "system"), ("mimalloc", "mimalloc")])
-def test_memory_that_tables_took_goes_back(given: str | None, used: str, tmp_path: Path) -> None:
-    """Annotate has pyarrow take memory from the system's allocator, unless the user names another."""
+def test_tables_take_memory_from_the_system(given: str | None, used: str, tmp_path: Path) -> None:
+    """Annotate has pyarrow use the system's allocator, which gives memory back, unless the user names another."""
     program = (
         "import sys; from medner import cli; cli.cli.main(sys.argv[1:], standalone_mode=False); "
         "import pyarrow; print(pyarrow.default_memory_pool().backend_name)"
@@ -561,3 +565,30 @@ def test_memory_that_tables_took_goes_back(given: str | None, used: str, tmp_pat
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, used + "\n", "")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_large_arrays_are_unmapped_when_they_are_free() -> None:
+    """After annotate, a freed block does not make glibc put larger ones on its heap, as it does by itself."""
+    program = """
+import ctypes, sys
+from pathlib import Path
+from medner import cli
+
+if sys.argv[1] == "with":
+    cli._give_memory_back()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+libc.free(libc.malloc(16 * 2**20))
+block = libc.malloc(8 * 2**20)
+heap = next(line for line in Path("/proc/self/maps").read_text().splitlines() if "[heap]" in line).split()[0]
+low, high = (int(bound, 16) for bound in heap.split("-"))
+print("on the heap" if low <= block < high else "mapped")
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "MALLOC_MMAP_THRESHOLD_"}
+    said = [
+        subprocess.run([sys.executable, "-c", program, how], env=environ, capture_output=True, text=True).stdout
+        for how in ("with", "without")
+    ]
+    assert said == ["mapped\n", "on the heap\n"]

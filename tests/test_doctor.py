@@ -365,7 +365,7 @@ LOOK = "look at CUDA_VISIBLE_DEVICES, and at what the job or container was given
             GPU,
             NO_DRIVER,
             "problem",
-            "no GPU, and this onnxruntime takes CUDA unless told otherwise",
+            "no GPU, though this onnxruntime is built for CUDA; notes would be annotated on the CPU",
             "run it on a machine with one, or pass --device cpu, or: "
             'pip uninstall -y onnxruntime-gpu && pip install "medner[cpu]"',
         ),

@@ -7,7 +7,8 @@ import gc
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -375,16 +376,6 @@ def test_file_sink_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }  # fmt: skip
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 32 KiB; the kernel refuses the rest, in the middle of a write."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def write_parts(sink: DirectorySink | FileSink, batch: pa.RecordBatch) -> None:
     """A run of three parts; a compressor may hold the first."""
     for part in range(3):
@@ -394,7 +385,10 @@ def write_parts(sink: DirectorySink | FileSink, batch: pa.RecordBatch) -> None:
 
 @pytest.mark.parametrize("output", ["run.parquet-parts", "run.jsonl-parts", *(f"x{s}" for s in sinks.FILE_SUFFIXES)])
 def test_a_write_that_fails_half_way(
-    tmp_path: Path, small_files: None, output: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    files_of_at_most: Callable[[int], AbstractContextManager[None]],
+    output: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """An output error and no temporary file; the writers that are given up do not complain when they are freed."""
     rng = np.random.default_rng(0)
@@ -408,7 +402,7 @@ def test_a_write_that_fails_half_way(
         sink = FileSink(path, TableOptions())
     sink.start(RUN)
 
-    with pytest.raises(OutputError, match=r": cannot be written: File too large$"):
+    with files_of_at_most(2**15), pytest.raises(OutputError, match=r": cannot be written: File too large$"):
         write_parts(sink, batch)
     sink.close()
     del sink
