@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import relu_base
 
 from medner import bundle, datasets, evaluate, score, sources, train
 from medner import export as exporting
@@ -32,17 +33,31 @@ DATA = Path(os.environ.get("MEDNER_DATA", ROOT.parent / "shared" / "data"))
 WORK = ROOT / "models" / "default"
 SHIPPED = ROOT / "medner" / "bundles" / "default"
 SEEDS = (13, 14, 15)
+#: Steps of the distillation that makes the base's activation ReLU.
+RELU_STEPS = 300
 LICENCE = "Apache-2.0"
 WRAP = 75
 
 CONLL, PUBTATOR = DATA / "ncbi-disease" / "conll", DATA / "ncbi-disease" / "pubtator"
 
 
-def teacher(base: str) -> train.TrainOptions:
+def make_base(base: str) -> None:
+    """The encoder with ReLU, unless that is done already."""
+    if not (WORK / "base" / "config.json").is_file():
+        text = DATA / "biomedical-text"
+        files = (
+            str(text / "rct-articles.jsonl.gz"),
+            str(text / "medquad.jsonl.gz"),
+            f"{DATA / 'mtsamples' / 'mtsamples.csv'}:transcription",
+        )
+        relu_base.make(base, WORK / "base", files, RELU_STEPS)
+
+
+def teacher() -> train.TrainOptions:
     """The first stage: the same abstracts as single sentences and as documents packed into windows."""
     return train.TrainOptions(
         data=(str(CONLL), str(PUBTATOR)),
-        base=base,
+        base=str(WORK / "base"),
         output=WORK / "teacher",
         epochs=8,
         lr=2e-4,
@@ -56,7 +71,8 @@ def teacher(base: str) -> train.TrainOptions:
 def student(seed: int) -> train.TrainOptions:
     """The second stage: on from the teacher, with clinical notes and the spans that the teacher finds in them."""
     return replace(
-        teacher(str(WORK / "teacher")),
+        teacher(),
+        base=str(WORK / "teacher"),
         output=WORK / f"seed{seed}",
         epochs=3,
         lr=1e-4,
@@ -182,7 +198,8 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="replace the bundle inside the package")
     given = parser.parse_args()
 
-    trained(teacher(given.base))
+    make_base(given.base)
+    trained(teacher())
     write_silver()
     seeds = {seed: trained(student(seed))["best"]["f1"] for seed in SEEDS}
     seed = max(seeds, key=lambda seed: seeds[seed])

@@ -111,8 +111,9 @@ def _own(products: Counter[Shape], config: Mapping[str, Any]) -> Counter[Shape]:
     """The model's own shapes: without the columns that the int8 graph adds for outliers."""
     sizes = [config[name] for name in ("hidden_size", "intermediate_size") if name in config]
     own: Counter[Shape] = Counter()
-    for (k, n), count in products.items():
-        own[max((size for size in sizes if size <= k), default=k), n] += count
+    for shape, count in products.items():
+        k, n = (max((size for size in sizes if size <= columns), default=columns) for columns in shape)
+        own[k, n] += count
     return own
 
 

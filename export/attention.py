@@ -157,8 +157,14 @@ def _rebuild(graph: Graph, blocks: list[Block], root: str) -> None:
     joined = graph.constant("medner.joined", np.array([0, 0, blocks[0].heads * blocks[0].size], np.int64))
     masked = "attention_mask" in graph.inputs()
     maker = graph.makers[root]
-    maker.output[list(maker.output).index(root)] = f"{root}.batch_first"
-    start = [maker, node("Transpose", [f"{root}.batch_first"], root, perm=[1, 0, 2])]
+    if maker.op_type == "LayerNormalization":
+        # Before it, so that what it makes may be balanced (medner.export.balance).
+        (value, *others), first = maker.input, f"{root}.sequence_first"
+        maker.input[:] = [first, *others]
+        start = [node("Transpose", [value], first, perm=[1, 0, 2]), maker]
+    else:
+        maker.output[list(maker.output).index(root)] = f"{root}.batch_first"
+        start = [maker, node("Transpose", [f"{root}.batch_first"], root, perm=[1, 0, 2])]
     if masked:
         # What softmax turns to exactly 0, for scores of [batch, heads, length, length].
         lowest = graph.constant("medner.lowest", float(np.finfo(np.float32).min))
@@ -169,7 +175,7 @@ def _rebuild(graph: Graph, blocks: list[Block], root: str) -> None:
             node("Sub", [one, "medner.mask.kept"], "medner.mask.left_out"),
             node("Mul", ["medner.mask.left_out", lowest], "medner.mask"),
         ]
-    graph.replace(f"{root}.batch_first", start)
+    graph.replace(maker.output[0], start)
     for block in blocks:
         name = block.context
         nodes = [

@@ -12,10 +12,10 @@ columns for what is beyond the range of one, so that the scale need not cover th
 Weights are symmetric int8, one scale a column; the word embeddings int8, one scale a row. Two exact rewritings leave
 less to round:
 
-- What comes out of GELU is never below -0.17. Shifted by that, it uses all 256 levels instead of half of them.
-- What comes out of a layer normalization has a few channels far larger than the rest, which set the scale for all. A
-  second normalization centres the channels and divides each by the square root of its deviation on sample text; the
-  weights are multiplied by it, and the bias takes up the centre (after SmoothQuant, Xiao et al. 2023).
+- What comes out of GELU is never below -0.17, and what comes out of ReLU never below 0. Shifted by that, it uses all
+  256 levels instead of half of them. With a fixed scale ReLU costs nothing: rounding cuts off what is below level 0.
+- What comes out of a layer normalization has a few channels far larger than the rest, which set the scale for all. They
+  are centred and divided by the square root of their deviation on sample text, see :mod:`medner.export.balance`.
 
 Attention is rewritten first, see :mod:`medner.export.attention`.
 """
@@ -23,7 +23,7 @@ Attention is rewritten first, see :mod:`medner.export.attention`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from medner import runtime
 from medner.errors import ModelError
 from medner.export.attention import rewrite
+from medner.export.balance import balance, sample_values
 from medner.export.graph import MICROSOFT, Floats, Graph, answer_in_the_graph, bias_of, node
 
 #: An activation gets one fixed scale where that costs the average row at most this many bits of its 8.
@@ -83,11 +83,15 @@ def to_int8(source: Path, target: Path, samples: Sequence[Ints] = (), static_bit
     tables, products = _word_embeddings(graph), _constant_products(graph)
     if not products or not tables:
         raise ModelError(f"{source}: {len(products)} matrix products and {len(tables)} embedding tables to quantize")
+    balanced = balance(graph, products, samples) if samples else 0
+    graph = Graph(model)
+    tables, products = _word_embeddings(graph), _constant_products(graph)
     activations = _activations(graph, products, samples, static_bits)
     for table in tables:
         _quantize_table(graph, table)
+    wider = _columns_before(graph, activations)
     for activation in activations:
-        _quantize_activation(graph, activation)
+        _quantize_activation(graph, activation, wider)
     answer_in_the_graph(graph)
     graph.finish()
     if left := _matrices_left(graph):
@@ -100,8 +104,8 @@ def to_int8(source: Path, target: Path, samples: Sequence[Ints] = (), static_bit
         activations=len(activations),
         tables=len(tables),
         static=sum(activation.scale is not None for activation in activations),
-        shifted=sum(activation.shift > 0 for activation in activations),
-        balanced=sum(activation.balance is not None for activation in activations),
+        shifted=sum(activation.shift is not None for activation in activations),
+        balanced=balanced,
         lanes=sum(len(activation.lanes.channels) for activation in activations if activation.lanes is not None),
         attention=blocks,
     )
@@ -115,24 +119,28 @@ def to_int8(source: Path, target: Path, samples: Sequence[Ints] = (), static_bit
 class _Activation:
     """A value that feeds matrix products, and how its rows become int8.
 
-    shift: what is added first, so that nothing is below 0. balance: the centre and the divisor of each channel.
+    shift: what is added first, so that nothing is below 0; None where values lie on both sides of it.
     scale: the fixed scale; None gives each row its own. lanes: where the scale is fixed, the channels that go beyond it
     and what they take up there.
     """
 
     name: str
     products: list[onnx.NodeProto]
-    shift: float = 0.0
-    balance: tuple[Floats, Floats] | None = None
+    shift: float | None = None
     scale: float | None = None
     lanes: _Lanes | None = None
 
     @property
     def zero_point(self) -> int:
-        """The uint8 value that stands for 0."""
-        if self.scale is None:
-            return 0 if self.shift else 128
-        return round(self.shift / self.scale) if self.shift else 128
+        """The uint8 value that stands for 0, or in rows of their own scale for minus the shift."""
+        if self.shift is None:
+            return 128
+        return 0 if self.scale is None else round(self.shift / self.scale)
+
+    @property
+    def levels(self) -> int:
+        """Steps from 0, or from minus the shift, to the largest value."""
+        return 127 if self.shift is None else 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +179,20 @@ def _is_wide(graph: Graph, name: str) -> bool:
     return is_float and len(shape) == 2 and min(shape) >= _MIN_COLUMNS
 
 
-def _is_gelu(graph: Graph, name: str) -> bool:
-    """Whether a value is GELU as exported: products and sums of one value, the error function among them."""
-    edge, kinds = {name}, set()
+def _shift(graph: Graph, name: str) -> float | None:
+    """Minus the least value that ReLU or GELU leaves; None for a value that neither makes.
+
+    GELU as exported is products and sums of one value, the error function among them.
+    """
+    if name in graph.makers and graph.makers[name].op_type == "Relu":
+        return 0.0
+    edge = {name}
     for _ in range(5):
         makers = [graph.makers[n] for n in edge if n in graph.makers]
-        kinds |= {maker.op_type for maker in makers}
-        if kinds & {"Erf", "Gelu"}:
-            return True
+        if any(maker.op_type in ("Erf", "Gelu") for maker in makers):
+            return _GELU_SHIFT
         edge = {n for maker in makers if maker.op_type in ("Mul", "Add") for n in maker.input}
-    return False
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,39 +209,32 @@ def _activations(
         found.setdefault(name, _Activation(name, [])).products.append(product)
     activations = list(found.values())
     for activation in activations:
-        if _is_gelu(graph, activation.name) and all(bias_of(graph, product) for product in activation.products):
-            activation.shift = _GELU_SHIFT
+        if all(bias_of(graph, product) for product in activation.products):
+            activation.shift = _shift(graph, activation.name)
     if not samples:
         return activations
-    normalized = [activation for activation in activations if _can_be_balanced(graph, activation)]
-    moments = _moments(graph, [activation.name for activation in normalized], samples) if normalized else {}
-    for activation in normalized:
-        mean, deviation = moments[activation.name]
-        divisor = np.sqrt(np.maximum(deviation, 1e-6))
-        # The divisors' geometric mean is one.
-        activation.balance = mean, (divisor / np.exp(np.log(divisor).mean())).astype(np.float32)
     for activation, extent in zip(activations, _extents(graph, activations, samples), strict=True):
-        levels = 255 if activation.shift else 127
         for most in (0, _MAX_LANES):
             scale, lanes = _fixed_scale(activation.shift, extent.lowest, extent.highest, most)
             # Bits that the average row loses against a scale of its own.
-            lost = float(np.log2(scale * levels / extent.rows).mean())
+            lost = float(np.log2(scale * activation.levels / extent.rows).mean())
             if lost <= (static_bits if most else min(static_bits, _LANE_BITS)):
                 activation.scale, activation.lanes = scale, lanes
                 break
     return activations
 
 
-def _fixed_scale(shift: float, lowest: Floats, highest: Floats, most: int) -> tuple[float, _Lanes | None]:
+def _fixed_scale(shift: float | None, lowest: Floats, highest: Floats, most: int) -> tuple[float, _Lanes | None]:
     """The finest scale for which at most so many further columns hold what is beyond the range of one.
 
-    shift: 0 for a range around 0, else minus the lowest value there is. lowest, highest: of each channel, float32 [n].
+    shift: None for a range around 0, else minus the lowest value there is. lowest, highest: of each channel, float32
+    [n].
     """
 
     def lanes_at(scale: float) -> list[tuple[int, float, float]]:
-        zero_point = round(shift / scale) if shift else 128
+        zero_point = 128 if shift is None else round(shift / scale)
         sides = [(1.0, highest, (255 - zero_point) * scale)]
-        if not shift:
+        if shift is None:
             sides.append((-1.0, -lowest, zero_point * scale))
         # A lane starts where its channel's own column, or the lane before, is full; it holds 255 steps.
         return [
@@ -239,7 +244,10 @@ def _fixed_scale(shift: float, lowest: Floats, highest: Floats, most: int) -> tu
             for number in range(math.ceil((float(largest[channel]) - first) / (255 * scale) * (1 - 1e-6)))
         ]
 
-    widest = float(max(highest.max() + shift, 0.0 if shift else -lowest.min(), _TINY)) / (255 if shift else 127)
+    if shift is None:
+        widest = float(max(highest.max(), -lowest.min(), _TINY)) / 127
+    else:
+        widest = float(max(highest.max() + shift, _TINY)) / 255
     low, high = widest / 64, widest
     for _ in range(40):
         middle = (low + high) / 2
@@ -251,40 +259,9 @@ def _fixed_scale(shift: float, lowest: Floats, highest: Floats, most: int) -> tu
     return high, _Lanes(np.array(channels, np.int64), np.array(signs, np.float32), np.array(offsets, np.float32))
 
 
-def _can_be_balanced(graph: Graph, activation: _Activation) -> bool:
-    """A layer normalization makes it, and it feeds only products with a bias of their own."""
-    maker = graph.makers.get(activation.name)
-    is_normalized = maker is not None and maker.op_type == "LayerNormalization" and len(maker.input) == 3
-    return is_normalized and all(bias_of(graph, product) for product in activation.products)
-
-
-def _values(graph: Graph, names: Sequence[str], samples: Sequence[Ints]) -> Iterator[dict[str, Floats]]:
-    """Values of some activations for each sample, float32 [length, channels]."""
-    for values in runtime.activations(graph.showing(names), names, samples):
-        yield {name: value.reshape(-1, value.shape[-1]) for name, value in zip(names, values, strict=True)}
-
-
-def _moments(graph: Graph, names: Sequence[str], samples: Sequence[Ints]) -> Mapping[str, tuple[Floats, Floats]]:
-    """Mean and standard deviation of each channel of some activations over the samples' tokens."""
-    tokens = sum(map(len, samples))
-    first = dict.fromkeys(names, np.zeros(1))
-    second = dict.fromkeys(names, np.zeros(1))
-    for values in _values(graph, names, samples):
-        for name, rows in values.items():
-            first[name] = first[name] + rows.sum(axis=0, dtype=np.float64)
-            second[name] = second[name] + (rows.astype(np.float64) ** 2).sum(axis=0)
-    return {
-        name: (
-            (first[name] / tokens).astype(np.float32),
-            np.sqrt(np.maximum(second[name] / tokens - (first[name] / tokens) ** 2, 0)).astype(np.float32),
-        )
-        for name in names
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class _Extent:
-    """How large an activation gets, balanced as it will be.
+    """How large an activation gets.
 
     lowest, highest: of each channel, float32 [n_channels]; rows: the largest magnitude in each row, shifted as it will
     be, float32 [n_tokens].
@@ -297,13 +274,10 @@ class _Extent:
 
 def _extents(graph: Graph, activations: Sequence[_Activation], samples: Sequence[Ints]) -> list[_Extent]:
     found: list[list[_Extent]] = [[] for _ in activations]
-    for values in _values(graph, [activation.name for activation in activations], samples):
+    for values in sample_values(graph, [activation.name for activation in activations], samples):
         for activation, seen in zip(activations, found, strict=True):
             rows = values[activation.name]
-            if activation.balance is not None:
-                mean, divisor = activation.balance
-                rows = (rows - mean) / divisor
-            ranges = np.maximum(np.abs(rows + np.float32(activation.shift)).max(axis=1), np.float32(_TINY))
+            ranges = np.maximum(np.abs(rows + np.float32(activation.shift or 0)).max(axis=1), np.float32(_TINY))
             seen.append(_Extent(rows.min(axis=0), rows.max(axis=0), ranges))
     return [
         _Extent(
@@ -319,33 +293,58 @@ def _extents(graph: Graph, activations: Sequence[_Activation], samples: Sequence
 # Rewriting
 
 
-def _quantize_activation(graph: Graph, activation: _Activation) -> None:
-    """Replace the products that an activation feeds; the first of them brings the nodes that quantize its rows."""
-    nodes, row_scale = _quantize_rows(graph, activation)
+def _columns_before(graph: Graph, activations: Sequence[_Activation]) -> dict[str, _Lanes]:
+    """Lanes after ReLU that the dense layer before it can bring as columns of its own, by that layer's output.
+
+    A lane there is a channel whose bias is less by the lane's offset: ReLU cuts off what is below.
+    """
+    dense = {
+        bias[0].output[0]
+        for activation in activations
+        if activation.scale is not None
+        for bias in (bias_of(graph, product) for product in activation.products)
+        if bias is not None
+    }
+    return {
+        source: activation.lanes
+        for activation in activations
+        if activation.lanes is not None
+        and (source := _before_relu(graph, activation)) in dense
+        and graph.only_user(source, "Relu") is not None
+    }
+
+
+def _before_relu(graph: Graph, activation: _Activation) -> str:
+    """What an activation is rounded from: where ReLU makes it, what goes into ReLU, whose cut rounding makes, too."""
+    return str(graph.makers[activation.name].input[0]) if activation.shift == 0 else activation.name
+
+
+def _quantize_activation(graph: Graph, activation: _Activation, wider: Mapping[str, _Lanes]) -> None:
+    """Replace the products that an activation feeds; the first of them brings the nodes that quantize its rows.
+
+    wider: see :func:`_columns_before`.
+    """
+    if activation.scale is not None:
+        nodes, row_scale = _fixed_rows(graph, activation, wider), None
+    else:
+        nodes, row_scale = _scaled_rows(graph, activation)
     for product in activation.products:
-        nodes += _quantize_product(graph, activation, product, row_scale)
+        nodes += _quantize_product(graph, activation, product, row_scale, wider)
         graph.replace(product.output[0], nodes)
         nodes = []
 
 
-def _quantize_rows(graph: Graph, activation: _Activation) -> tuple[list[onnx.NodeProto], str | None]:
-    """Nodes that make ``NAME.rows``; and the rows' scale, None where it is fixed."""
-    name = source = activation.name
+def _scaled_rows(graph: Graph, activation: _Activation) -> tuple[list[onnx.NodeProto], str]:
+    """Nodes that make ``NAME.rows``, each by its own scale, and those scales."""
+    name = source = magnitude = activation.name
     nodes: list[onnx.NodeProto] = []
-    if activation.balance is not None:
-        source = f"{name}.balanced"
-        nodes.append(_balanced_normalization(graph, activation, source))
-    if activation.scale is not None:
-        return [*nodes, *_fixed_rows(graph, activation, source)], None
-    if activation.shift:
-        source = magnitude = f"{name}.shifted"
-        nodes.append(node("Add", [name, graph.constant("medner.gelu_shift", activation.shift)], source))
-        levels = 255.0
-    else:
+    if activation.shift is None:
         magnitude = f"{name}.abs"
         nodes.append(node("Abs", [source], magnitude))
-        levels = 127.0
-    levels_name = graph.constant(f"medner.levels.{levels:.0f}", levels)
+    elif activation.shift:
+        source = magnitude = f"{name}.shifted"
+        nodes.append(node("Add", [name, graph.constant("medner.gelu_shift", activation.shift)], source))
+    levels_name = graph.constant(f"medner.levels.{activation.levels}", float(activation.levels))
     zero = graph.constant(f"{name}.zero", np.array(activation.zero_point, np.uint8))
     last_axis = graph.constant("medner.last_axis", np.array([-1], np.int64))
     nodes += [
@@ -360,13 +359,13 @@ def _quantize_rows(graph: Graph, activation: _Activation) -> tuple[list[onnx.Nod
     return nodes, f"{name}.row_scale"
 
 
-def _fixed_rows(graph: Graph, activation: _Activation, source: str) -> list[onnx.NodeProto]:
-    """Nodes that make ``NAME.rows`` from ``source`` by one fixed scale, with further columns for its outliers."""
-    name, lanes = activation.name, activation.lanes
+def _fixed_rows(graph: Graph, activation: _Activation, wider: Mapping[str, _Lanes]) -> list[onnx.NodeProto]:
+    """Nodes that make ``NAME.rows`` by one fixed scale, with further columns for its outliers."""
+    name, lanes, source = activation.name, activation.lanes, _before_relu(graph, activation)
     assert activation.scale is not None
     scale = graph.constant(f"{name}.scale", activation.scale)
     zero = graph.constant(f"{name}.zero", np.array(activation.zero_point, np.uint8))
-    if lanes is None:
+    if lanes is None or source in wider:
         return [node("QuantizeLinear", [source, scale, zero], f"{name}.rows")]
     picked = f"{name}.outliers"
     nodes = [
@@ -386,34 +385,20 @@ def _fixed_rows(graph: Graph, activation: _Activation, source: str) -> list[onnx
     ]
 
 
-def _balanced_normalization(graph: Graph, activation: _Activation, output: str) -> onnx.NodeProto:
-    """The normalization that makes an activation, with centre and divisor in its scale and bias."""
-    assert activation.balance is not None
-    mean, divisor = activation.balance
-    maker = graph.makers[activation.name]
-    balanced = onnx.NodeProto()
-    balanced.CopyFrom(maker)
-    balanced.input[1] = graph.constant(f"{output}.gain", graph.array(maker.input[1]) / divisor)
-    balanced.input[2] = graph.constant(f"{output}.bias", (graph.array(maker.input[2]) - mean) / divisor)
-    balanced.output[:] = [output]
-    balanced.name = f"{output}/{balanced.op_type}"
-    return balanced
-
-
 def _quantize_product(
-    graph: Graph, activation: _Activation, product: onnx.NodeProto, row_scale: str | None
+    graph: Graph,
+    activation: _Activation,
+    product: onnx.NodeProto,
+    row_scale: str | None,
+    wider: Mapping[str, _Lanes],
 ) -> list[onnx.NodeProto]:
     """Nodes that make a product from ``NAME.rows``; where it has a bias, that is added here or changed in its place."""
     (output,) = product.output
     weight = product.input[1]
     matrix = graph.array(weight)
     # Named for the weight, which several layers may share, unless it is changed for one of them.
-    name = weight if activation.balance is None and activation.lanes is None else output
+    name = weight if activation.lanes is None else output
     added = np.zeros(matrix.shape[1], np.float32)
-    if activation.balance is not None:
-        mean, divisor = activation.balance
-        added += mean @ matrix
-        matrix = matrix * divisor[:, None]
     values, scale = quantize_columns(matrix)
     if activation.shift and row_scale is not None:
         added -= np.float32(activation.shift) * (values.sum(axis=0, dtype=np.int64) * scale)
@@ -425,6 +410,11 @@ def _quantize_product(
         assert activation.scale is not None
         added += activation.zero_point * activation.scale * scale * further.sum(axis=0, dtype=np.int64)
     bias = bias_of(graph, product)
+    after = wider.get(bias[0].output[0]) if bias is not None else None
+    if after is not None:
+        name = output
+        values = np.concatenate([values, values[:, after.channels]], axis=1)
+        scale, added = (np.concatenate([each, each[after.channels]]) for each in (scale, added))
     inputs = [
         f"{activation.name}.rows",
         graph.constant(f"{name}.int8", values),
@@ -440,7 +430,10 @@ def _quantize_product(
             # The product takes the sum's name; the addition is gone.
             add, vector = bias
             output = add.output[0]
-            added += graph.array(vector)
+            total_bias = graph.array(vector)
+            if after is not None:
+                total_bias = np.concatenate([total_bias, total_bias[after.channels] - after.offsets])
+            added += total_bias
             graph.replace(output, [])
         total = graph.constant(f"{output}.bias", added)
         return [node("MatMulIntegerToFloat", [*inputs, total], output, MICROSOFT)]

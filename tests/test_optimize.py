@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from medner import decode, runtime, testing  # noqa: E402
 from medner.errors import ModelError  # noqa: E402
 from medner.export import optimize  # noqa: E402
+from medner.export.balance import balance  # noqa: E402
 from medner.export.graph import Graph  # noqa: E402
 from medner.runtime import Session  # noqa: E402
 
@@ -89,10 +90,11 @@ def chain(table: Any, *weights: Any) -> Any:
 
 
 def one_product(table: Any, weight: Any, bias: Any, kind: str) -> Any:
-    """``logits = f(table[input_ids]) @ weight + bias``; kind: f is nothing, a layer normalization, or GELU."""
-    x = {"plain": "x", "normalized": "normalized", "gelu": "gelu"}[kind]
+    """``logits = f(table[input_ids]) @ weight + bias``; kind: f is nothing, a layer normalization, GELU or ReLU."""
+    x = "x" if kind == "plain" else kind
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+        helper.make_node("Relu", ["x"], ["relu"]),
         helper.make_node("LayerNormalization", ["x", "gain", "zeros"], ["normalized"], axis=-1),
         helper.make_node("Div", ["x", "root"], ["divided"]),
         helper.make_node("Erf", ["divided"], ["erf"]),
@@ -125,16 +127,17 @@ def by_formula(path: Path, ids: Any, weight: Any, bias: Any) -> tuple[Any, Any]:
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     (product,) = (node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat")
     name = product.input[0].removesuffix(".rows")
-    source = f"{name}.balanced" if f"{name}.balanced.gain" in constants else name
+    rounded = (f"{name}.rows", f"{name}.columns")
+    (source,) = (n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear" and n.output[0] in rounded)
     ((values,),) = runtime.activations(Graph(model).showing([source]), [source], [ids])
     x = values[0]
     k = weight.shape[0]
     divisor, centre = np.ones(k, np.float32), np.zeros(k, np.float32)
-    if source != name:
-        divisor = 1 / constants[f"{source}.gain"]
-        centre = -constants[f"{source}.bias"] * divisor
+    if f"{name}.gain" in constants:
+        divisor = 1 / constants[f"{name}.gain"]
+        centre = -constants[f"{name}.bias"] * divisor
     column_scale = np.abs(weight * divisor[:, None]).max(axis=0) / np.float32(127)
-    rounded = np.rint(weight * divisor[:, None] / column_scale)
+    matrix = np.rint(weight * divisor[:, None] / column_scale)
     scale, zero = constants[f"{name}.scale"], int(constants[f"{name}.zero"])
     steps = np.clip(np.rint(x / scale) + zero, 0, 255) - zero
     if f"{name}.channels" in constants:
@@ -142,8 +145,10 @@ def by_formula(path: Path, ids: Any, weight: Any, bias: Any) -> tuple[Any, Any]:
         signs = constants.get(f"{name}.signs", np.ones(len(channels), np.float32))
         for channel, sign, offset in zip(channels, signs, offsets, strict=True):
             steps[:, channel] += sign * np.clip(np.rint((sign * x[:, channel] - offset) / scale), 0, 255)
+    if name == "relu":
+        x = np.maximum(x, 0)
     return (
-        (steps @ rounded) * scale * column_scale + centre @ weight + bias,
+        (steps @ matrix) * scale * column_scale + centre @ weight + bias,
         (x * divisor + centre) @ weight + bias,
     )
 
@@ -207,7 +212,7 @@ def outlier_table(rng: np.random.Generator) -> Any:
     return table
 
 
-@pytest.mark.parametrize("kind", ["plain", "normalized", "gelu"])
+@pytest.mark.parametrize("kind", ["plain", "normalized", "gelu", "relu"])
 def test_fixed_scales_are_the_documented_formula(tmp_path: Path, kind: str) -> None:
     """Where no channel is far out, one scale for all text and no lane: the graph equals numpy."""
     rng = np.random.default_rng(2)
@@ -215,7 +220,7 @@ def test_fixed_scales_are_the_documented_formula(tmp_path: Path, kind: str) -> N
     bias = rng.normal(size=20).astype(np.float32)
     onnx.save(one_product(table, weight, bias, kind), tmp_path / "fp32.onnx")
     done = optimize.to_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", [EVEN[:9], EVEN[9:]])
-    assert done == quantized(static=1, shifted=int(kind == "gelu"), balanced=int(kind == "normalized"))
+    assert done == quantized(static=1, shifted=int(kind in ("gelu", "relu")), balanced=int(kind == "normalized"))
     session = Session(tmp_path / "int8.onnx", "cpu")
     for ids in (EVEN, np.array(OUTLIERS)):
         expected, exact = by_formula(tmp_path / "int8.onnx", ids, weight, bias)
@@ -225,7 +230,7 @@ def test_fixed_scales_are_the_documented_formula(tmp_path: Path, kind: str) -> N
         assert (np.abs(logits - exact).max() < 1) == (ids is EVEN)
 
 
-@pytest.mark.parametrize("kind", ["plain", "normalized", "gelu"])
+@pytest.mark.parametrize("kind", ["plain", "normalized", "gelu", "relu"])
 def test_lanes_are_the_documented_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Outliers in few rows get further columns: the graph equals numpy, and the scale is finer than without them.
 
@@ -238,14 +243,14 @@ def test_lanes_are_the_documented_formula(tmp_path: Path, monkeypatch: pytest.Mo
     source, target = tmp_path / "fp32.onnx", tmp_path / "int8.onnx"
     done = optimize.to_int8(source, target, [ALL])
     assert 1 <= done.lanes <= 8
-    kinds = {"shifted": int(kind == "gelu"), "balanced": int(kind == "normalized")}
+    kinds = {"shifted": int(kind in ("gelu", "relu")), "balanced": int(kind == "normalized")}
     assert done == quantized(static=1, lanes=done.lanes, **kinds)
     constants = {t.name: numpy_helper.to_array(t) for t in onnx.load(target).graph.initializer}
     (scale,) = (value for name, value in constants.items() if name.endswith(".scale") and value.ndim == 0)
     (channels,) = (value.tolist() for name, value in constants.items() if name.endswith(".channels"))
     signs = next((value.tolist() for name, value in constants.items() if name.endswith(".signs")), [1] * len(channels))
-    # GELU leaves nothing of the channel that is far below.
-    sides = {(5, 1.0)} if kind == "gelu" else {(5, 1.0), (9, -1.0)}
+    # GELU and ReLU leave nothing of the channel that is far below.
+    sides = {(5, 1.0)} if kind in ("gelu", "relu") else {(5, 1.0), (9, -1.0)}
     assert sides <= set(zip(channels, signs, strict=True))
 
     session = Session(target, "cpu")
@@ -262,6 +267,81 @@ def test_lanes_are_the_documented_formula(tmp_path: Path, monkeypatch: pytest.Mo
     assert scale < 0.7 * coarse_scale
     without, exact = by_formula(target, ALL, weight, bias)
     assert error < 0.8 * np.abs(without - exact).mean()
+
+
+def test_lanes_after_relu_are_columns_of_the_dense_layer_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer before ReLU makes the lanes, as good as picking them afterwards; ReLU and lanes need no operator."""
+    rng = np.random.default_rng(2)
+    table, first = rng.normal(size=(203, 64)).astype(np.float32), rng.normal(size=(64, 48)).astype(np.float32)
+    first[:, [7, 30]] *= 40
+    second = rng.normal(size=(48, 20)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+        helper.make_node("MatMul", ["x", "first"], ["wide"]),
+        helper.make_node("Add", ["wide", "first_bias"], ["biased"]),
+        helper.make_node("Relu", ["biased"], ["relu"]),
+        helper.make_node("MatMul", ["relu", "second"], ["product"]),
+        helper.make_node("Add", ["product", "second_bias"], ["logits"]),
+    ]
+    biases = {"first_bias": rng.normal(size=48).astype(np.float32), "second_bias": np.ones(20, np.float32)}
+    onnx.save(model_of(nodes, {"table": table, "first": first, "second": second} | biases, 20), tmp_path / "fp32.onnx")
+    done = optimize.to_int8(tmp_path / "fp32.onnx", tmp_path / "wide.onnx", [ALL])
+    assert done == quantized(products=2, activations=2, static=2, shifted=1, lanes=done.lanes)
+    wide = onnx.load(tmp_path / "wide.onnx")
+    shapes = {tensor.name: list(tensor.dims) for tensor in wide.graph.initializer}
+    products = [shapes[node.input[1]] for node in wide.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert products == [[64, 48 + done.lanes], [48 + done.lanes, 20]]
+    assert done.lanes >= 2
+    assert {"Relu", "Concat", "Sub"}.isdisjoint(node.op_type for node in wide.graph.node)
+
+    monkeypatch.setattr(optimize, "_columns_before", lambda *_: {})
+    optimize.to_int8(tmp_path / "fp32.onnx", tmp_path / "picked.onnx", [ALL])
+    assert "Concat" in {node.op_type for node in onnx.load(tmp_path / "picked.onnx").graph.node}
+    ids, lengths = np.arange(203)[None], np.array([203])
+    wide_logits, picked, exact = (
+        Session(tmp_path / f"{name}.onnx", "cpu")(ids, lengths) for name in ("wide", "picked", "fp32")
+    )
+    np.testing.assert_allclose(wide_logits, picked, rtol=1e-5, atol=1e-3)
+    assert np.abs(wide_logits - exact)[0, ALL].mean() < 0.02 * np.abs(exact).mean()
+
+
+def test_a_balanced_residual(tmp_path: Path) -> None:
+    """The residual sum beside a balanced normalization is fed by it, and the dense layer's bias brings the centre.
+
+    One normalization is left of each, and all that balancing changes is rounding.
+    """
+    rng = np.random.default_rng(4)
+    table = (rng.normal(size=(200, 32)) + 5 * np.arange(32) / 32).astype(np.float32)
+    gain = np.geomspace(0.1, 20, 32).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+        helper.make_node("LayerNormalization", ["x", "gain", "shift"], ["normal"], axis=-1),
+        helper.make_node("MatMul", ["normal", "weight"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["dense"]),
+        helper.make_node("Add", ["dense", "normal"], ["logits"]),
+    ]
+    constants = {
+        "table": table,
+        "gain": gain,
+        "shift": rng.normal(size=32).astype(np.float32),
+        "weight": rng.normal(size=(32, 32)).astype(np.float32),
+        "bias": rng.normal(size=32).astype(np.float32),
+    }
+    model = model_of(nodes, constants, 32)
+    graph = Graph(model)
+    ids, lengths = np.arange(200)[None], np.array([200])
+    before = runtime.logits(model.SerializeToString(), ids, lengths)
+    assert balance(graph, graph.nodes("MatMul"), [ALL]) == 1
+    after = runtime.logits(model.SerializeToString(), ids, lengths)
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-3)
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds == {"Gather": 1, "LayerNormalization": 1, "MatMul": 1, "Mul": 1, "Add": 2}
+    ((balanced,),) = runtime.activations(Graph(model).showing(["normal.balanced"]), ["normal.balanced"], [ALL])
+    np.testing.assert_allclose(balanced[0].mean(axis=0), 0, atol=1e-3)
+    spread = balanced[0].std(axis=0)
+    assert spread.max() / spread.min() < np.sqrt(gain.max() / gain.min()) * 1.5
 
 
 def test_values_beyond_all_lanes_are_cut_off(tmp_path: Path) -> None:
@@ -287,9 +367,9 @@ def test_scales_and_lanes_worked_by_hand() -> None:
     """
     lowest, highest = -np.ones(4, np.float32), np.ones(4, np.float32)
     highest[2] = 10
-    scale, lanes = optimize._fixed_scale(0.0, lowest, highest, 0)
+    scale, lanes = optimize._fixed_scale(None, lowest, highest, 0)
     assert (scale, lanes) == (pytest.approx(10 / 127, rel=1e-5), None)
-    scale, lanes = optimize._fixed_scale(0.0, lowest, highest, 1)
+    scale, lanes = optimize._fixed_scale(None, lowest, highest, 1)
     assert lanes is not None
     assert scale == pytest.approx(10 / (127 + 255), rel=1e-5)
     assert (lanes.channels.tolist(), lanes.signs.tolist()) == ([2], [1])
@@ -304,14 +384,14 @@ def test_scales_and_lanes_worked_by_hand() -> None:
     assert lanes.offsets.tolist() == pytest.approx([(255 - zero) * scale])
 
     lowest[2] = -10
-    scale, lanes = optimize._fixed_scale(0.0, lowest, highest, 2)
+    scale, lanes = optimize._fixed_scale(None, lowest, highest, 2)
     assert lanes is not None
     assert (lanes.channels.tolist(), lanes.signs.tolist()) == ([2, 2], [1, -1])
     assert lanes.offsets.tolist() == pytest.approx([127 * scale, 128 * scale])
     assert scale == pytest.approx(10 / (127 + 255), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["plain", "normalized", "gelu"])
+@pytest.mark.parametrize("kind", ["plain", "normalized", "gelu", "relu"])
 def test_a_balanced_row_scale(tmp_path: Path, kind: str) -> None:
     """Where a fixed scale would lose too much, samples still balance; the bias takes up what that changes."""
     rng = np.random.default_rng(3)
@@ -320,10 +400,10 @@ def test_a_balanced_row_scale(tmp_path: Path, kind: str) -> None:
     bias = rng.normal(size=20).astype(np.float32)
     onnx.save(one_product(table, weight, bias, kind), tmp_path / "fp32.onnx")
     done = optimize.to_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", [ALL], static_bits=-np.inf)
-    assert done == quantized(shifted=int(kind == "gelu"), balanced=int(kind == "normalized"))
+    assert done == quantized(shifted=int(kind in ("gelu", "relu")), balanced=int(kind == "normalized"))
     ids, lengths = ALL[None], np.array([200])
     fp32, logits = (Session(tmp_path / name, "cpu")(ids, lengths) for name in ("fp32.onnx", "int8.onnx"))
-    assert np.abs(logits - fp32).max() < {"plain": 4, "normalized": 1, "gelu": 4}[kind]
+    assert np.abs(logits - fp32).max() < {"plain": 4, "normalized": 1, "gelu": 4, "relu": 4}[kind]
     assert np.abs(fp32).max() > 10
 
 
@@ -411,14 +491,14 @@ def test_counts_of_int8_nodes(small_bert: Path, int8: Path) -> None:
 
 
 def test_what_was_quantized(small_bert: Path, tmp_path: Path) -> None:
-    """Counts of both forms. Three of the five normalizations feed products directly, two GELUs do."""
+    """Counts of both forms. Four of the five normalizations feed products, two GELUs do."""
     rng = np.random.default_rng(0)
     samples = [rng.integers(4, 117, size) for size in range(10, 30)]
     rows = optimize.to_int8(small_bert / FP32, tmp_path / "int8.onnx")
     fixed = optimize.to_int8(small_bert / FP32, tmp_path / "int8.onnx", samples)
     common = {"products": 12, "activations": 8, "shifted": 2, "attention": 2}
     assert rows == quantized(**common)
-    assert fixed == quantized(**common, static=8, balanced=3, lanes=fixed.lanes)
+    assert fixed == quantized(**common, static=8, balanced=4, lanes=fixed.lanes)
 
 
 def load(path: Path, tmp_path: Path, **entries: str) -> Any:
@@ -549,6 +629,6 @@ def test_large_channels_are_balanced(small_bert: Path, tmp_path: Path) -> None:
     errors = []
     for samples in ((), list(rng.integers(4, 117, size=(20, 30)))):
         done = optimize.to_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", samples)
-        assert done.balanced == (3 if samples else 0)
+        assert done.balanced == (4 if samples else 0)
         errors.append(np.abs(Session(tmp_path / "int8.onnx", "cpu")(ids, lengths) - fp32).mean())
     assert errors[1] < 0.5 * errors[0]
