@@ -40,11 +40,11 @@ class Block:
     size: int
 
 
-def rewrite(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-    """The graph with its attention rewritten, and how many blocks that were: all of them, or none.
+def rewrite(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Block]]:
+    """The graph with its attention rewritten, and the blocks that were: all of them, or none.
 
     A graph of another form (one whose attention is not softmax(q k / sqrt(size) + mask) v, or that uses positions
-    between its layers) comes back as it is, with 0.
+    between its layers) comes back as it is, with none.
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
@@ -52,10 +52,10 @@ def rewrite(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     blocks = find_blocks(graph)
     root = _root(graph, blocks)
     if root is None:
-        return model, 0
+        return model, []
     _rebuild(graph, blocks, root)
     graph.finish()
-    return (changed, len(blocks)) if have_equal_logits(model, changed) else (model, 0)
+    return (changed, blocks) if have_equal_logits(model, changed) else (model, [])
 
 
 def find_blocks(graph: Graph) -> list[Block]:

@@ -14,8 +14,8 @@ less to round:
 
 - What comes out of GELU is never below -0.17, and what comes out of ReLU never below 0. Shifted by that, it uses all
   256 levels instead of half of them. With a fixed scale ReLU costs nothing: rounding cuts off what is below level 0.
-- What comes out of a layer normalization has a few channels far larger than the rest, which set the scale for all. They
-  are centred and divided by the square root of their deviation on sample text, see :mod:`medner.export.balance`.
+- Of most activations a few channels are far larger than the rest, which would set the scale for all. Channels are
+  brought to like size, see :mod:`medner.export.balance`.
 
 Attention is rewritten first, see :mod:`medner.export.attention`.
 """
@@ -34,7 +34,7 @@ from onnx import TensorProto, helper
 
 from medner.errors import ModelError
 from medner.export.attention import rewrite
-from medner.export.balance import balance, sample_values
+from medner.export.balance import balance, quantize_columns, sample_values
 from medner.export.graph import MICROSOFT, Floats, Graph, answer_in_the_graph, bias_of, node
 
 #: An activation gets one fixed scale where that costs the average row at most this many bits of its 8.
@@ -55,8 +55,8 @@ Ints = npt.NDArray[np.int64]
 class Quantized:
     """How many nodes became int8: matrix products, the activations that feed them, and embedding tables.
 
-    static: activations with one fixed scale; the others have a scale for each row. shifted, balanced: activations
-    shifted after GELU, or balanced after a layer normalization. lanes: columns beside the channels, over all
+    static: activations with one fixed scale; the others have a scale for each row. shifted: activations that GELU or
+    ReLU makes; balanced: those whose channels were brought to like size. lanes: columns beside the channels, over all
     activations. attention: attention blocks rewritten.
     """
 
@@ -83,7 +83,7 @@ def to_int8(source: Path, target: Path, samples: Sequence[Ints] = (), static_bit
     tables, products = _word_embeddings(graph), _constant_products(graph)
     if not products or not tables:
         raise ModelError(f"{source}: {len(products)} matrix products and {len(tables)} embedding tables to quantize")
-    balanced = balance(graph, products, samples) if samples else 0
+    balanced = balance(graph, products, blocks, samples) if samples else 0
     graph = Graph(model)
     tables, products = _word_embeddings(graph), _constant_products(graph)
     activations = _activations(graph, products, samples, static_bits)
@@ -107,7 +107,7 @@ def to_int8(source: Path, target: Path, samples: Sequence[Ints] = (), static_bit
         shifted=sum(activation.shift is not None for activation in activations),
         balanced=balanced,
         lanes=sum(len(activation.lanes.channels) for activation in activations if activation.lanes is not None),
-        attention=blocks,
+        attention=len(blocks),
     )
 
 
@@ -462,10 +462,3 @@ def _quantize_table(graph: Graph, lookup: onnx.NodeProto) -> None:
             node("Mul", [f"{output}.picked.float", f"{output}.picked.scale"], output),
         ],
     )
-
-
-def quantize_columns(matrix: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Symmetric int8 with one scale a column: ``matrix`` [k, n] is about ``values`` [k, n] times ``scale`` [n]."""
-    scale = np.maximum(np.abs(matrix).max(axis=0), _TINY).astype(np.float32) / np.float32(127)
-    values = np.clip(np.rint(matrix / scale), -127, 127).astype(np.int8)
-    return values, scale

@@ -67,12 +67,38 @@ def small_bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     its first token one channel is far out, as in trained models. Every int8 scale is a row's own. Its checkpoint stands
     beside it.
     """
+    path = tmp_path_factory.mktemp("small_bert")
+    bundle = _make_bert(path, "gelu")
+    _quantize(bundle)
+    yield bundle
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def small_bert_static(small_bert: Path) -> Path:
+    """The same with one int8 scale for all text; activations have further columns for their outliers."""
+    bundle = shutil.copytree(small_bert, small_bert.parent / "static")
+    _quantize(bundle, fixed=True)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def small_relu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Another like it, with ReLU and fixed scales."""
+    path = tmp_path_factory.mktemp("small_relu")
+    bundle = _make_bert(path, "relu")
+    _quantize(bundle, fixed=True)
+    yield bundle
+    shutil.rmtree(path)
+
+
+def _make_bert(path: Path, activation: str) -> Path:
+    """The bundle with its fp32 variant alone, beside its checkpoint."""
     torch = pytest.importorskip("torch", reason="the small BERT is made with torch")
     transformers = pytest.importorskip("transformers", reason="the small BERT is made with transformers")
     pytest.importorskip("optimum.exporters.onnx", reason="the small BERT is exported with optimum")
-    from medner.export import convert, optimize
+    from medner.export import convert
 
-    path = tmp_path_factory.mktemp("small_bert")
     config = transformers.BertConfig(
         vocab_size=117,
         hidden_size=64,
@@ -81,6 +107,7 @@ def small_bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         intermediate_size=128,
         max_position_embeddings=64,
         initializer_range=0.3,
+        hidden_act=activation,
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
     )
@@ -90,25 +117,19 @@ def small_bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         model.bert.embeddings.position_embeddings.weight[0, 5] = -40
         model.save_pretrained(path / "checkpoint")
     bundle = path / "bundle"
-    fp32, int8 = bundle / bundles.VARIANT_FILES["fp32"], bundle / bundles.VARIANT_FILES["int8"]
-    convert.to_onnx(path / "checkpoint", fp32)
-    optimize.to_int8(fp32, int8)
+    convert.to_onnx(path / "checkpoint", bundle / bundles.VARIANT_FILES["fp32"])
     shutil.copyfile(path / "checkpoint" / "config.json", bundle / "config.json")
     shutil.copyfile(testing.bundle() / "tokenizer.json", bundle / "tokenizer.json")
-    bundles.write_manifest(bundle, name="small", labels=LABELS, window=40, packed=True, card={})
-    yield bundle
-    shutil.rmtree(path)
+    return bundle
 
 
-@pytest.fixture(scope="session")
-def small_bert_static(small_bert: Path) -> Path:
-    """The same with one int8 scale for all text: an activation of both kinds has further columns for its outliers."""
+def _quantize(bundle: Path, *, fixed: bool = False) -> None:
+    """Write the int8 variant and the manifest."""
     from medner.export import optimize
 
-    bundle = shutil.copytree(small_bert, small_bert.parent / "static")
     rng = np.random.default_rng(0)
-    samples = [np.array([2, *rng.integers(4, 117, size), 3]) for size in range(10, 38)]
-    done = optimize.to_int8(small_bert / bundles.VARIANT_FILES["fp32"], bundle / bundles.VARIANT_FILES["int8"], samples)
-    assert (done.static, done.lanes > 0) == (done.activations, True)
-    bundles.write_manifest(bundle, name="static", labels=LABELS, window=40, packed=True, card={})
-    return bundle
+    samples = [np.array([2, *rng.integers(4, 117, size), 3]) for size in range(10, 38)] if fixed else []
+    graphs = (bundle / bundles.VARIANT_FILES[precision] for precision in ("fp32", "int8"))
+    done = optimize.to_int8(*graphs, samples)
+    assert done.static == (done.activations if fixed else 0)
+    bundles.write_manifest(bundle, name=bundle.name, labels=LABELS, window=40, packed=True, card={})
