@@ -149,6 +149,10 @@ def make(base: str, output: Path, files: Sequence[str], steps: int) -> None:
     config = transformers.AutoConfig.from_pretrained(base, hidden_act="relu")
     student = transformers.AutoModel.from_pretrained(base, config=config, add_pooling_layer=False)
     ids = examples(tokenizer, [text for given in files for text in texts(given)])
+    if len(ids) < HELD_OUT + FITTED + BATCH:
+        raise SystemExit(
+            f"{len(ids)} windows of {LENGTH} tokens: too little text, {HELD_OUT + FITTED + BATCH} are needed"
+        )
     held_out, fitted, rest = ids[:HELD_OUT], ids[HELD_OUT : HELD_OUT + FITTED], ids[HELD_OUT + FITTED :]
     start = time.monotonic()
     common.say(f"{len(ids)} windows of {LENGTH} tokens; off with ReLU as it is: {off(student, teacher, held_out)}")
