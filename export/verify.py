@@ -14,7 +14,7 @@ from medner.errors import CheckFailed, InputError, ModelError
 from medner.parity import ParityData, Report
 
 #: Tokens of sample text from which int8 and fp16 take the sizes of activations.
-SAMPLE_TOKENS = 16_384
+SAMPLE_TOKENS = 65_536
 
 #: Windows that ``--window auto`` tries, in tokens.
 WINDOWS = (64, 96, 128, 192, 256, 384, 512)
