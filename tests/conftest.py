@@ -132,4 +132,4 @@ def _quantize(bundle: Path, *, fixed: bool = False) -> None:
     graphs = (bundle / bundles.VARIANT_FILES[precision] for precision in ("fp32", "int8"))
     done = optimize.to_int8(*graphs, samples)
     assert done.static == (done.activations if fixed else 0)
-    bundles.write_manifest(bundle, name=bundle.name, labels=LABELS, window=40, packed=True, card={})
+    bundles.write_manifest(bundle, name="small", labels=LABELS, window=40, packed=True, card={})
