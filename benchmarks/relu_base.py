@@ -79,16 +79,12 @@ def off(student: transformers.PreTrainedModel, teacher: transformers.PreTrainedM
 @torch.no_grad()
 def refit(student: transformers.PreTrainedModel, teacher: transformers.PreTrainedModel, ids: Tensor) -> None:
     """Fit the second feed-forward product of each layer, from the first to the last, to what the teacher's makes."""
-    wanted: list[Tensor] = []
+    student.eval()
     for ours, theirs in zip(student.encoder.layer, teacher.encoder.layer, strict=True):
-        with _watched(theirs.output.dense) as seen:
-            teacher(ids, torch.ones_like(ids))
-        wanted = seen[0][1]
-        with _watched(ours.output.dense) as seen:
-            student.eval()(ids, torch.ones_like(ids))
-        inputs = seen[0][0]
-        inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
         dense = ours.output.dense
+        _, wanted = _through(theirs.output.dense, teacher, ids)
+        inputs, _ = _through(dense, student, ids)
+        inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
         old = torch.cat([dense.weight.T, dense.bias[None]])
         gram = inputs.T @ inputs
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
@@ -97,21 +93,17 @@ def refit(student: transformers.PreTrainedModel, teacher: transformers.PreTraine
         dense.bias.copy_(new[-1])
 
 
-class _watched:  # noqa: N801 - reads as a statement
-    """Inside it, inputs and outputs of a layer are kept, float [tokens, channels] each."""
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        self._layer = layer
-        self._seen: list[tuple[Tensor, Tensor]] = []
-
-    def __enter__(self) -> list[tuple[Tensor, Tensor]]:
-        self._hook = self._layer.register_forward_hook(
-            lambda _, given, made: self._seen.append((given[0].flatten(0, -2), made.flatten(0, -2)))
-        )
-        return self._seen
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
+def _through(layer: torch.nn.Module, model: transformers.PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What goes into a layer of a model and what comes out, float [tokens, channels] each."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = layer.register_forward_hook(
+        lambda _, given, made: seen.append((given[0].flatten(0, -2), made.flatten(0, -2)))
+    )
+    try:
+        model(ids, torch.ones_like(ids))
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def distil(
