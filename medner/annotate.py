@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import overload
 
 import numpy as np
@@ -77,10 +78,16 @@ class Options:
 
 @dataclass(slots=True)
 class Counts:
-    """What an annotator has done so far: windows that went through the model, and windows whose result was reused."""
+    """What an annotator has done so far: windows that went through the model, and windows whose result was reused.
+
+    tokenizing, inferring, decoding: seconds of work; inferring: those in which at least one inference call ran.
+    """
 
     inferred: int = 0
     reused: int = 0
+    tokenizing: float = 0.0
+    inferring: float = 0.0
+    decoding: float = 0.0
 
 
 class Annotator:
@@ -117,15 +124,22 @@ class Annotator:
         # On a GPU the host prepares one batch while the device computes another.
         self.threads = options.threads or (2 if device == "cuda" else available_cpus())
         self.batch_tokens = options.batch_tokens or BATCH_TOKENS[device]
-        if session is not None and device == "cuda":
-            if options.batch_tokens is None:
-                self.batch_tokens = session.probe(bundle.window)
-            session.most_tokens = self.batch_tokens
+        self._on_cuda = device == "cuda"
+        if session is not None and self._on_cuda and options.batch_tokens is None:
+            self.batch_tokens = session.probe(bundle.window)
+        self.use_budget(self.batch_tokens)
         self._pad_multiple = PAD_MULTIPLE[device]
+        self._busy = _Busy()
+        self._reuse = _Reuse(REUSE_BYTES) if options.reuse else None
+
+    def use_budget(self, batch_tokens: int) -> None:
+        """Fill batches up to another number of padded tokens, from the next stream on."""
+        self.batch_tokens = batch_tokens
+        if self.session is not None and self._on_cuda:
+            self.session.most_tokens = batch_tokens
         # Enough for every thread to have several batches, with windows of each length to fill them; a GPU has few
         # lengths, and waits for none of its threads.
-        self._job_chars = max(_JOB_CHARS, (192 if device == "cuda" else 24 * self.threads) * self.batch_tokens)
-        self._reuse = _Reuse(REUSE_BYTES) if options.reuse else None
+        self._job_chars = max(_JOB_CHARS, (192 if self._on_cuda else 24 * self.threads) * batch_tokens)
 
     @classmethod
     def load(cls, model: str | Path = "default", options: Options | None = None) -> Annotator:
@@ -193,7 +207,8 @@ class Annotator:
 
         Tokenizing, inference and decoding overlap; a few hundred thousand tokens are under way at any time, whatever
         the sizes of notes and batches. Null text gives a null list of spans, empty text an empty one. Windows that
-        an earlier stream of this annotator has seen are reused, too.
+        an earlier stream of this annotator has seen are reused, too, but not on CUDA: there a window's score may move
+        by a rounding with its batch, and so a stream's batches have to depend on that stream alone.
         """
         # Out of reach until all is done: after a failure it holds windows without their results.
         cache, self._reuse = self._reuse, _Reuse(REUSE_BYTES) if self.options.reuse else None
@@ -215,9 +230,9 @@ class Annotator:
                     yield waiting.popleft().batch()
             while waiting:
                 yield waiting.popleft().batch()
-            if cache is not None:
+            if cache is not None and not self._on_cuda:
                 cache.settle(settled)
-            self._reuse = cache
+                self._reuse = cache
         finally:
             plan.shutdown(cancel_futures=True)
             infer.shutdown(cancel_futures=True)
@@ -254,6 +269,7 @@ class Annotator:
 
         settled: results of jobs that were done when this one was handed in.
         """
+        begin = perf_counter()
         texts: list[str] = []
         starts: list[int] = []
         piece_bounds = [0]
@@ -286,6 +302,7 @@ class Annotator:
             infer.submit(self._infer, tokens.ids, bounds[np.asarray(new)[batch]], answers)
             for batch in windows.batches((lengths + frame).tolist(), self.batch_tokens, self._pad_multiple)
         ]
+        self.counts.tokenizing += perf_counter() - begin
         return _Plan(
             job, tokens, np.array(starts, dtype=np.int64), piece_bounds, bounds, counts, answers, known, kept, futures
         )
@@ -304,7 +321,8 @@ class Annotator:
         feed[:, len(prefix) : len(prefix) + len(inner)][is_token] = ids[position[is_token]]
         for i, token in enumerate(suffix):
             feed[np.arange(len(bounds)), len(prefix) + sizes + i] = token
-        tags, probabilities = self._best(feed, lengths)
+        with self._busy:
+            tags, probabilities = self._best(feed, lengths)
         own = (position >= bounds[:, 2:3]) & (position < bounds[:, 3:4])
         answers.tags[position[own]] = tags[:, len(prefix) : len(prefix) + len(inner)][own]
         answers.probabilities[position[own]] = probabilities[:, len(prefix) : len(prefix) + len(inner)][own]
@@ -314,6 +332,7 @@ class Annotator:
         """Wait for a job's results and decode them into the rows that they belong to; gives those to be remembered."""
         for future in plan.futures:
             future.result()
+        begin = perf_counter()
         tokens, answers = plan.tokens, plan.answers
         inside = np.flatnonzero(self._tags.type_of[answers.tags] >= 0)
         edges = np.searchsorted(inside, plan.bounds[:, 2:])
@@ -344,6 +363,8 @@ class Annotator:
                 n_unknown=int(unknown[high] - unknown[low]),
                 n_windows=plan.window_counts[i],
             )
+        self.counts.inferring = self._busy.seconds
+        self.counts.decoding += perf_counter() - begin
         return [result for _, result in plan.kept]
 
     def _decode(self, plan: _Plan, tags: npt.NDArray[np.int16], probabilities: npt.NDArray[np.float32]) -> _FoundSpans:
@@ -393,6 +414,28 @@ class _Answers:
 
 #: A token inside a mention: its place among those that its window answers for, its tag and its probability.
 _INSIDE = np.dtype([("at", "<i4"), ("tag", "<i2"), ("probability", "<f4")])
+
+
+class _Busy:
+    """A block that several threads may be in; seconds: those in which at least one was."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._inside = 0
+        self._since = 0.0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._since = perf_counter()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self.seconds += perf_counter() - self._since
 
 
 class _Result:

@@ -49,6 +49,7 @@ def _give_memory_back() -> None:
     """
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(_LARGE_BLOCK)  # for the processes of several devices
         with contextlib.suppress(AttributeError, OSError, TypeError):  # a system without glibc
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
@@ -70,7 +71,7 @@ def cli() -> None:
 @click.option("--id-column", help="Column of the note ids.  [default: note_id where there is one]")
 @click.option("--encoding", default="utf-8", show_default=True, help="Of JSONL, CSV and text files.")
 @click.option("--delimiter", help="Of CSV files.  [default: comma; tab in .tsv files]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, or several as cuda:N,N.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16", "int8"]),

@@ -108,8 +108,24 @@ class _Seen:
         return "another process" if holder is None else f"process {holder.process} on {holder.host}"
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a process that writes for a lock's holder has of it; it can be pickled."""
+
+    directory: Path
+    holder: Holder
+
+    def check(self) -> None:
+        """Raise :class:`OutputError` if the lock is another's by now, as after a long sleep of this process."""
+        seen = _look(self.directory / NAME)
+        if seen is None:
+            raise OutputError(f"{self.directory}: its {NAME} is gone, so another may write it; this process stops")
+        if seen.holder != self.holder:
+            raise OutputError(f"{self.directory}: {seen} took this run over; this process stops")
+
+
 class Lock:
-    """A held lock; :meth:`release` gives it back.
+    """A held lock; :meth:`release` gives it back. claim: for those who write while it is held.
 
     A file is removed only under a guard, a lock of its own that is named after the content to be removed, and only if
     it is still as it was. So of several processes that find a dead holder one removes its file, and none a successor's.
@@ -125,18 +141,11 @@ class Lock:
         self._path = directory / NAME
         self._say = say
         self._me = Holder.this()
+        self.claim = Claim(directory, self._me)
         self._take(self._path)
         self._stop = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="medner-lock", daemon=True)
         self._beating.start()
-
-    def check(self) -> None:
-        """Raise :class:`OutputError` if the lock is another's by now, as after a long sleep of this process."""
-        seen = _look(self._path)
-        if seen is None:
-            raise OutputError(f"{self._directory}: its {NAME} is gone, so another may write it; this process stops")
-        if seen.holder != self._me:
-            raise OutputError(f"{self._directory}: {seen} took this run over; this process stops")
 
     def release(self) -> None:
         """Remove the lock, if it is still this process's. One that cannot be removed is a dead process's soon."""
@@ -225,7 +234,7 @@ class Lock:
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
             try:
-                self.check()
+                self.claim.check()
                 os.utime(self._path)
             except OutputError:
                 return

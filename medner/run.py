@@ -8,7 +8,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from importlib.metadata import version
@@ -23,18 +23,16 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from medner import resume, runtime, sinks, sources
-from medner.annotate import Annotator, Options
+from medner.annotate import Options
 from medner.errors import OutputError, TooManyRejected, UsageError
+from medner.tally import Tally, timed
+from medner.workers import Alone, Crew
 
 PART_ROWS = 5_000
 PART_BYTES = 32 * 2**20
 
 #: Seconds between two lines of progress where standard error is no terminal.
 _LINE_SECONDS = 30.0
-
-
-#: What a note's row counts, as ``n_spans`` and so on.
-_COUNTED = ("spans", "tokens", "unknown", "windows", "chars")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,50 +60,6 @@ class RunOptions:
     quiet: bool = False
 
 
-@dataclass(slots=True)
-class Tally:
-    """Counts of a run, over the rows written so far.
-
-    parts_kept, rows_kept and windows_kept: of parts that an earlier process of this run wrote.
-    """
-
-    rows: int = 0
-    annotated: int = 0
-    rejected: int = 0
-    spans: int = 0
-    tokens: int = 0
-    unknown: int = 0
-    windows: int = 0
-    chars: int = 0
-    parts: int = 0
-    parts_kept: int = 0
-    rows_kept: int = 0
-    windows_kept: int = 0
-
-    def keep(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Count the ``notes`` rows of a part that an earlier process of this run wrote."""
-        rejected = sum(row["reason"] is not None for row in rows)
-        self.rows += len(rows)
-        self.rejected += rejected
-        self.annotated += len(rows) - rejected
-        for name in _COUNTED:
-            setattr(self, name, getattr(self, name) + sum(row[f"n_{name}"] for row in rows))
-        self.rows_kept += len(rows)
-        self.windows_kept += sum(row["n_windows"] for row in rows)
-        self.parts += 1
-        self.parts_kept += 1
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Count an annotated batch."""
-        rejected = batch.num_rows - batch.column("reason").null_count
-        self.rows += batch.num_rows
-        self.rejected += rejected
-        self.annotated += batch.num_rows - rejected
-        for name in _COUNTED:
-            total = int(batch.column(f"n_{name}").to_numpy().sum())
-            setattr(self, name, getattr(self, name) + total)
-
-
 def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | None = None) -> dict[str, Any]:
     """Annotate the inputs and return the manifest; :func:`check_rejected` judges it.
 
@@ -120,51 +74,78 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
         _say(f"{found.skipped} {'file' if found.skipped == 1 else 'files'} of unknown suffix skipped")
     reader = sources.Reader(found.files, options.read, stdin)
     kept = tuple(reader.schema.field(name) for name in options.read.keep)
-    annotator = Annotator.load(options.model, options.annotate)
-    if annotator.notice and not options.quiet:
-        _say(annotator.notice)
-    if annotator.bundle.foreign and options.annotate.window is None and not options.quiet:
-        _say(
-            f"{annotator.bundle.name} does not say its window; using {annotator.bundle.window} tokens "
-            "(--window overrides)"
-        )
-    description = _description(options, form, found.files, annotator)
     tables = sinks.TableOptions(options.text, options.nested, kept)
-    with (
-        contextlib.closing(_sink(options, form, tables, stdout)) as sink,
-        contextlib.closing(_Progress(found.files, enabled=not options.quiet)) as progress,
-        _interruptible(sink),
-    ):
-        started = time.monotonic()
-        before, finished = sink.earlier()
-        if before is not None:
-            resume.check_description(sink.name, before, description)
-        sink.start(description)
-        tally = Tally()
+    with contextlib.closing(_workers(options)) as workers:
+        if workers.facts.notice and not options.quiet:
+            _say(workers.facts.notice)
+        if workers.bundle.foreign and options.annotate.window is None and not options.quiet:
+            _say(
+                f"{workers.bundle.name} does not say its window; using {workers.bundle.window} tokens "
+                "(--window overrides)"
+            )
+        description = _description(options, form, found.files, workers)
+        with (
+            contextlib.closing(_sink(options, form, tables, stdout)) as sink,
+            contextlib.closing(_Progress(found.files, enabled=not options.quiet)) as progress,
+            # Once more: other processes have to end before the directory is given back.
+            contextlib.closing(workers),
+            _interruptible(sink),
+        ):
+            return _annotate(options, description, reader, workers, sink, progress)
 
-        def show() -> None:
-            progress.update(tally, reader.bytes_read)
 
-        for part, batches in _parts(reader, options):
-            if (rows := sink.kept(part)) is not None:
-                resume.check_part(f"{sink.name}, part {part}", rows, batches, options.read.keep)
-                tally.keep(rows)
-                show()
-            else:
-                sink.write(part, _counted(annotator.stream(batches), tally, show))
-                tally.parts += 1
-        sink.check_end()
-        done: dict[str, Any] = {
-            "inputs": reader.inputs(),
-            "counts": asdict(tally)
-            | {"windows_inferred": annotator.counts.inferred, "windows_reused": annotator.counts.reused},
-        }
-        if finished is not None and tally.parts == tally.parts_kept:
-            resume.check_description(sink.name, {"inputs": finished["inputs"]}, {"inputs": done["inputs"]})
-            if not options.quiet:
-                _say(f"{sink.name} was finished already")
-            return finished | {"options": description["options"]}
-        return sink.finish({**description, **done, "seconds": round(time.monotonic() - started, 3)})
+def _annotate(
+    options: RunOptions,
+    description: dict[str, Any],
+    reader: sources.Reader,
+    workers: Alone | Crew,
+    sink: sinks.Sink,
+    progress: _Progress,
+) -> dict[str, Any]:
+    """Do every part that is not committed, and return the manifest."""
+    started = time.monotonic()
+    before, finished = sink.earlier()
+    if before is not None:
+        resume.check_description(sink.name, before, description)
+    sink.start(description)
+    tally = Tally()
+
+    def show() -> None:
+        progress.update(tally, reader.bytes_read)
+
+    def add_reading(seconds: float) -> None:
+        tally.stages.reading += seconds
+
+    for part, batches in _parts(timed(reader.batches(), add_reading), options):
+        if (rows := sink.kept(part)) is not None:
+            resume.check_part(f"{sink.name}, part {part}", rows, batches, options.read.keep)
+            tally.keep(rows)
+            show()
+        else:
+            workers.write(sink, part, batches, tally, show)
+    workers.wait(sink, tally, show)
+    sink.check_end()
+    done: dict[str, Any] = {"inputs": reader.inputs(), "counts": tally.counts()}
+    if finished is not None and tally.parts == tally.parts_kept:
+        resume.check_description(sink.name, {"inputs": finished["inputs"]}, {"inputs": done["inputs"]})
+        if not options.quiet:
+            _say(f"{sink.name} was finished already")
+        return finished | {"options": description["options"]}
+    seconds = round(time.monotonic() - started, 3)
+    return sink.finish({**description, **done, "seconds": seconds, "stages": tally.stages.rounded()})
+
+
+def _workers(options: RunOptions) -> Alone | Crew:
+    """Who annotates; raises :class:`UsageError` where several devices have no directory to share."""
+    devices = runtime.devices(options.annotate.device)
+    if len(devices) == 1:
+        return Alone(options.model, options.annotate)
+    if options.output == "-" or sinks.file_format(Path(options.output)) is not None:
+        raise UsageError(
+            f"--device {options.annotate.device}: several devices need a run directory, and -o {options.output} is "
+            "none; name a directory, or one device"
+        )
+    return Crew(options.model, options.annotate, devices)
 
 
 def check_rejected(manifest: dict[str, Any]) -> None:
@@ -218,23 +199,16 @@ def cut_parts(
             start = stop
 
 
-def _parts(reader: sources.Reader, options: RunOptions) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
+def _parts(batches: Iterable[pa.RecordBatch], options: RunOptions) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
     """The parts of a run with their batches; a stream is one part, and so is an input without a row."""
     if options.output == "-":
-        yield 0, reader.batches()
+        yield 0, iter(batches)
         return
     part = -1
-    for part, rows in groupby(cut_parts(reader.batches(), options.part_rows), key=itemgetter(0)):
+    for part, rows in groupby(cut_parts(batches, options.part_rows), key=itemgetter(0)):
         yield part, map(itemgetter(1), rows)
     if part < 0:
         yield 0, iter(())
-
-
-def _counted(batches: Iterable[pa.RecordBatch], tally: Tally, show: Callable[[], None]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        tally.add(batch)
-        yield batch
-        show()
 
 
 @contextlib.contextmanager
@@ -294,11 +268,10 @@ def _sink(options: RunOptions, form: str, tables: sinks.TableOptions, stdout: Bi
 
 
 def _description(
-    options: RunOptions, form: str, files: Sequence[sources.InputFile], annotator: Annotator
+    options: RunOptions, form: str, files: Sequence[sources.InputFile], workers: Alone | Crew
 ) -> dict[str, Any]:
     """What is being run, known before the first note: the head of the manifest, and the whole of ``run.json``."""
-    bundle, session = annotator.bundle, annotator.session
-    assert session is not None
+    bundle, facts = workers.bundle, workers.facts
     return {
         "medner": version("medner"),
         "versions": {"onnxruntime": runtime.version()}
@@ -306,15 +279,15 @@ def _description(
         | {"python": platform.python_version()},
         "model": {
             "name": bundle.name,
-            "precision": annotator.precision,
+            "precision": facts.precision,
             "window": bundle.window,
             "packed": bundle.packed,
             "labels": list(bundle.labels),
-            "device": session.device,
-            "provider": session.provider,
+            "device": facts.device,
+            "provider": facts.provider,
             "instruction_set": runtime.instruction_set(),
             "exact_int8": runtime.has_exact_int8(),
-            "files": bundle.identity(annotator.precision),
+            "files": bundle.identity(facts.precision),
         },
         "options": {
             "inputs": _arguments(options.inputs, files),
@@ -325,8 +298,8 @@ def _description(
             "nested": options.nested,
             "part_rows": options.part_rows,
             "max_rejected": options.max_rejected,
-            "threads": annotator.threads,
-            "batch_tokens": annotator.batch_tokens,
+            "threads": facts.threads,
+            "batch_tokens": facts.batch_tokens,
             "min_score": options.annotate.min_score,
             "reuse": options.annotate.reuse,
             "read": asdict(options.read) | {"keep": list(options.read.keep)},

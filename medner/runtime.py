@@ -25,6 +25,7 @@ import numpy.typing as npt
 from medner.errors import DeviceError, MissingPackage, ModelError, UsageError
 
 _DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
+_DEVICES = re.compile(r"cuda:\d+(?:,\d+)+")
 
 #: What onnxruntime's arena, CUDA, cuBLAS and cuDNN say where the device has no memory left.
 _OUT_OF_MEMORY = re.compile(
@@ -467,8 +468,8 @@ def resolve_device(device: str) -> str:
     """
     if device == "auto":
         return "cuda:0" if has_cuda() else "cpu"
-    if "," in device:
-        raise UsageError(f"--device {device}: several devices are not supported yet; name one")
+    if _DEVICES.fullmatch(device):
+        raise UsageError(f"--device {device}: several devices are for medner annotate into a run directory; name one")
     match = _DEVICE.fullmatch(device)
     if not match:
         raise UsageError(f"--device {device}: unknown; use auto, cpu, cuda or cuda:N")
@@ -480,6 +481,19 @@ def resolve_device(device: str) -> str:
             'use --device cpu, or: pip uninstall onnxruntime && pip install "medner[gpu]"'
         )
     return f"cuda:{int(match.group(1) or 0)}"
+
+
+def devices(device: str) -> tuple[str, ...]:
+    """Such as ``cuda:0`` and ``cuda:1`` of ``cuda:0,1``; any other value alone.
+
+    Raises :class:`UsageError` for a device named twice.
+    """
+    if not _DEVICES.fullmatch(device):
+        return (device,)
+    found = tuple(f"cuda:{int(number)}" for number in device.partition(":")[2].split(","))
+    if len(set(found)) < len(found):
+        raise UsageError(f"--device {device}: names a device twice")
+    return found
 
 
 def has_cuda() -> bool:

@@ -6,12 +6,13 @@ to the disk, and renamed.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 from medner import schema
 from medner.errors import OutputError
 from medner.lock import NAME as LOCK
-from medner.lock import Lock
+from medner.lock import Claim, Lock
 
 RUN, MANIFEST, FOLDERS = "run.json", "manifest.json", ("spans", "notes")
 
@@ -342,7 +343,7 @@ class _TableFile:
 # Sinks
 
 
-class Sink:
+class Sink(abc.ABC):
     """Where a run's parts go. Without an override nothing is recorded beside them, and nothing is kept.
 
     resumable: what is committed stays after a failure, for a later run to go on with.
@@ -355,32 +356,73 @@ class Sink:
         """``run.json`` and ``manifest.json`` of an earlier run that this one continues, each None if there is none."""
         return None, None
 
-    def start(self, run: dict[str, Any]) -> None:
+    def start(self, run: dict[str, Any]) -> None:  # noqa: B027 - a sink need not
         """Take note of what is being run, before anything else is written."""
 
     def kept(self, part: int) -> list[dict[str, Any]] | None:  # noqa: ARG002 - for those that override it
         """The ``notes`` rows of a part that an earlier process committed, else None."""
         return None
 
+    @abc.abstractmethod
     def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:
         """Take a part's annotated batches as they come; with the last one the part is complete."""
-        raise NotImplementedError
 
-    def check_end(self) -> None:
+    def check_end(self) -> None:  # noqa: B027 - a sink need not
         """Raise :class:`OutputError` where there is a part beyond the last one that was kept or written."""
 
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Complete the output; returns the manifest as it was written."""
         return manifest
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - a sink need not
         """Let go of everything; called once, after an error, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartWriter:
+    """Writes parts of a run directory while its lock is held, in the process that holds it or in others.
+
+    form: ``parquet`` or ``jsonl``. It can be pickled.
+    """
+
+    path: Path
+    form: str
+    options: TableOptions
+    claim: Claim
+
+    def file(self, folder: str, part: int) -> Path:
+        """Where one of a part's two files lies."""
+        return self.path / folder / f"part-{part:06d}.{self.form}"
+
+    def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> dict[str, str]:
+        """Write one part: ``spans`` first; its ``notes`` file is the mark that the part is complete.
+
+        Returns the SHA-256 of both by their names in the directory. Raises :class:`OutputError`.
+        """
+        tables = _tables(batches, self.options)
+        with _translated(self.path):
+            # A finished run that is short of a part is finished no longer.
+            (self.path / MANIFEST).unlink(missing_ok=True)
+        digests = {}
+        for folder, table in zip(FOLDERS, tables, strict=True):
+            path = self.file(folder, part)
+            with atomic(path, self.claim.check) as file:
+                draft = _TableFile(file, table.schema, self.form, None)
+                try:
+                    draft.write(table)
+                    draft.close()
+                except BaseException:
+                    draft.abandon()
+                    raise
+            digests[f"{folder}/{path.name}"] = _sha256(path)
+        return digests
 
 
 class DirectorySink(Sink):
     """A run directory: ``run.json``, a file for each part in ``spans/`` and ``notes/``, and ``manifest.json`` last.
 
-    One process at a time writes it; see :mod:`medner.lock`.
+    One run at a time writes it; see :mod:`medner.lock`. parts: what writes them, here or in other processes, which then
+    tell by :meth:`committed`.
     """
 
     resumable = True
@@ -400,7 +442,6 @@ class DirectorySink(Sink):
         say: gets a line where another process's lock is waited for. Raises :class:`OutputError`.
         """
         self._path = path
-        self._form = form
         self._options = options
         self._resume = resume
         self._digests: dict[str, str] = {}
@@ -421,6 +462,7 @@ class DirectorySink(Sink):
             except BaseException:
                 self._lock.release()
                 raise
+        self.parts = PartWriter(path, form, options, self._lock.claim)
 
     def earlier(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """As in :class:`Sink`. Raises :class:`OutputError` where one of them is damaged."""
@@ -439,7 +481,7 @@ class DirectorySink(Sink):
     def start(self, run: dict[str, Any]) -> None:
         """Record what is being run, before anything else is written; of a run that is resumed that is on record."""
         if not (self._resume and (self._path / RUN).is_file()):
-            write_json(self._path / RUN, run, self._lock.check)
+            write_json(self._path / RUN, run, self._lock.claim.check)
         with _translated(self._path):
             for folder in FOLDERS:
                 (self._path / folder).mkdir(exist_ok=True)
@@ -447,7 +489,7 @@ class DirectorySink(Sink):
 
     def kept(self, part: int) -> list[dict[str, Any]] | None:
         """The ``notes`` rows of a part that is committed, else None. Raises :class:`OutputError` if it is damaged."""
-        spans, notes = (self._path / folder / self._part(part) for folder in FOLDERS)
+        spans, notes = (self.parts.file(folder, part) for folder in FOLDERS)
         if not (self._resume and spans.is_file() and notes.is_file()):
             return None
         digests = {f"{file.parent.name}/{file.name}": _sha256(file) for file in (spans, notes)}
@@ -462,22 +504,12 @@ class DirectorySink(Sink):
         return rows
 
     def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:
-        """Write one part: ``spans`` first; its ``notes`` file is the mark that the part is complete."""
-        tables = _tables(batches, self._options)
-        with _translated(self._path):
-            # A finished run that is short of a part is finished no longer.
-            (self._path / MANIFEST).unlink(missing_ok=True)
-        for folder, table in zip(FOLDERS, tables, strict=True):
-            path = self._path / folder / self._part(part)
-            with atomic(path, self._lock.check) as file:
-                draft = _TableFile(file, table.schema, self._form, None)
-                try:
-                    draft.write(table)
-                    draft.close()
-                except BaseException:
-                    draft.abandon()
-                    raise
-            self._digests[f"{folder}/{path.name}"] = _sha256(path)
+        """Write one part in this process."""
+        self.committed(self.parts.write(part, batches))
+
+    def committed(self, files: Mapping[str, str]) -> None:
+        """Take note of a part's files, as :meth:`PartWriter.write` names them."""
+        self._digests |= files
 
     def check_end(self) -> None:
         """As in :class:`Sink`; of such a part a later ``spans`` or ``notes`` file is enough."""
@@ -491,15 +523,12 @@ class DirectorySink(Sink):
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the manifest, the mark of a finished run, with every file's SHA-256."""
         manifest = manifest | {"files": dict(sorted(self._digests.items()))}
-        write_json(self._path / MANIFEST, manifest, self._lock.check)
+        write_json(self._path / MANIFEST, manifest, self._lock.claim.check)
         return manifest
 
     def close(self) -> None:
         """Leave what is committed, and give the directory back."""
         self._lock.release()
-
-    def _part(self, part: int) -> str:
-        return f"part-{part:06d}.{self._form}"
 
 
 def _state(path: Path) -> str | None:

@@ -469,7 +469,7 @@ def check_end(files: Files, whole: Whole) -> None:
     assert len(tables(files)) == 2 * len(whole.rows)
     manifest = json.loads(files["manifest.json"].content)
     for name in manifest.keys() | whole.manifest.keys():
-        if name not in ("options", "counts", "seconds"):
+        if name not in ("options", "counts", "seconds", "stages"):
             assert manifest[name] == whole.manifest[name], f"manifest: another {name}"
     assert manifest["options"] | {"output": ""} == whole.manifest["options"] | {"output": ""}
     counts, expected = manifest["counts"], whole.manifest["counts"]

@@ -25,6 +25,8 @@ ALLOWED = {
     "lock": set[str](),
     "sinks": {"schema", "lock"},
     "resume": {"schema", "sinks"},
+    "tally": set[str](),
+    "workers": {"annotate", "bundle", "runtime", "sinks", "tally"},
     "score": {"schema", "datasets"},
     "testing": {"annotate"},
     "": {"annotate", "schema"},

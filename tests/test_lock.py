@@ -84,7 +84,7 @@ def refusal(directory: Path) -> str:
 def assert_free(directory: Path, say: Callable[[str], None] = pytest.fail) -> None:
     """The lock can be taken, and nothing is left of it and of an earlier one."""
     held = Lock(directory, say)
-    held.check()
+    held.claim.check()
     assert names(directory) == ["lock.json"]
     held.release()
     assert names(directory) == []
@@ -101,7 +101,7 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     assert list(fields) == ["host", "boot", "space", "process", "started", "token"]
     assert fields == asdict(held._me)
     assert fields["process"] == os.getpid()
-    held.check()
+    held.claim.check()
     assert refusal(tmp_path) == (
         f"{tmp_path}: process {os.getpid()} on {fields['host']} is writing it; wait for its end, or choose another -o"
     )
@@ -362,13 +362,13 @@ def test_a_holder_whose_lock_was_taken(tmp_path: Path, monkeypatch: pytest.Monke
     until(lambda: not held._beating.is_alive())
     before = new.stat().st_mtime_ns
     with pytest.raises(OutputError) as caught:
-        held.check()
+        held.claim.check()
     assert str(caught.value) == f"{tmp_path}: process 17 on elsewhere took this run over; this process stops"
     held.release()
     assert new.stat().st_mtime_ns == before
     new.unlink()
     with pytest.raises(OutputError) as caught:
-        held.check()
+        held.claim.check()
     assert str(caught.value) == (f"{tmp_path}: its lock.json is gone, so another may write it; this process stops")
     held.release()
     assert names(tmp_path) == []
@@ -398,7 +398,7 @@ def test_a_lock_is_looked_at_when_all_else_is_done(tmp_path: Path) -> None:
     def check() -> None:
         assert len(list(tmp_path.glob(".a.json.*.tmp"))) == 1
         put(tmp_path, stranger())
-        held.check()
+        held.claim.check()
 
     with pytest.raises(OutputError, match="took this run over"):
         write_json(tmp_path / "a.json", {}, check)
@@ -508,7 +508,7 @@ def attempt(chance):
     except FileExistsError:
         return 9
     time.sleep(chance.random() / 1000)
-    held.check()
+    held.claim.check()
     os.unlink(marker)
     if stale and chance.random() < 0.5:
         return 1
@@ -571,6 +571,6 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
     assert names(tmp_path) == ["lock.json"]
     with pytest.raises(OutputError):
         Lock(tmp_path)
-    held.check()
+    held.claim.check()
     held.release()
     assert names(tmp_path) == []

@@ -205,7 +205,17 @@ def test_what_was_run_is_recorded(tmp_path: Path, notes: Path) -> None:
     """``run.json`` is there before the first part, and the manifest begins with all that it says."""
     out = tmp_path / "out"
     manifest = go(notes, out, annotate=Options(threads=2, batch_tokens=100, min_score=0.25), max_rejected="50%")
-    assert list(manifest) == ["medner", "versions", "model", "options", "inputs", "counts", "seconds", "files"]
+    assert list(manifest) == [
+        "medner",
+        "versions",
+        "model",
+        "options",
+        "inputs",
+        "counts",
+        "seconds",
+        "stages",
+        "files",
+    ]
     description = json.loads((out / "run.json").read_bytes())
     sizes = [{"source": "notes.jsonl", "bytes": notes.stat().st_size}]
     assert description == {name: manifest[name] for name in ("medner", "versions", "model", "options")} | {

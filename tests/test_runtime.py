@@ -112,7 +112,10 @@ def test_several_devices_for_one_session() -> None:
     for call in (resolve_device, lambda device: Session(GRAPH, device)):
         with pytest.raises(UsageError) as failure:
             call("cuda:0,1")
-        assert str(failure.value) == "--device cuda:0,1: several devices are not supported yet; name one"
+        assert (
+            str(failure.value)
+            == "--device cuda:0,1: several devices are for medner annotate into a run directory; name one"
+        )
 
 
 @pytest.mark.parametrize(("exact", "entries"), [(True, {}), (False, {"session.x64quantprecision": "1"})])
