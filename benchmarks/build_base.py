@@ -9,6 +9,7 @@ the spans of random weights mean nothing. It needs the default model's tokenizer
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import torch
 import transformers
@@ -25,26 +26,32 @@ SEED = 13
 O_BIAS = 0.9
 
 
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def write_checkpoint(config: transformers.BertConfig, path: Path) -> None:
+    """Write a checkpoint with random weights, the default model's labels, and its tokenizer."""
+    default = bundles.load("default")
+    config.id2label = dict(enumerate(default.labels))
+    config.label2id = {label: number for number, label in enumerate(default.labels)}
+    torch.manual_seed(SEED)
+    model = transformers.BertForTokenClassification(config)
+    with torch.no_grad():
+        model.classifier.bias[default.labels.index("O")] += O_BIAS
+    model.save_pretrained(path)
+    for name in TOKENIZER:
+        shutil.copyfile(default.path / name, path / name)
+
+
 def build() -> bundles.Bundle:
     """Write the checkpoint and the bundle; what was there is replaced."""
     default = bundles.load("default")
     checkpoint, bundle = WORK / "checkpoint", WORK / "bundle"
     shutil.rmtree(WORK, ignore_errors=True)
-    config = transformers.BertConfig(
-        id2label=dict(enumerate(default.labels)),
-        label2id={label: number for number, label in enumerate(default.labels)},
-    )
-    torch.manual_seed(SEED)
-    model = transformers.BertForTokenClassification(config)
-    with torch.no_grad():
-        model.classifier.bias[default.labels.index("O")] += O_BIAS
-    model.save_pretrained(checkpoint)
-    tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    for name in tokenizer:
-        shutil.copyfile(default.path / name, checkpoint / name)
+    write_checkpoint(transformers.BertConfig(), checkpoint)
     fp32, int8 = bundle / bundles.VARIANT_FILES["fp32"], bundle / bundles.VARIANT_FILES["int8"]
     convert.to_onnx(checkpoint, fp32)
-    for name in ("config.json", *tokenizer):
+    for name in ("config.json", *TOKENIZER):
         shutil.copyfile(checkpoint / name, bundle / name)
     sized = bundles.resized(bundles.load_checkpoint(checkpoint), default.window, packed=default.packed)
     optimize.to_int8(fp32, int8, verify.samples(sized, parity.read_parity_data(str(NOTES))))

@@ -177,6 +177,8 @@ def test_figures_are_written_beside_the_checkpoint(result: training.TrainResult,
     assert metrics["epochs"][1]["training_loss"] < metrics["epochs"][0]["training_loss"]
     assert metrics["best"]["f1"] == max(epoch["f1"] for epoch in metrics["epochs"]) > metrics["untrained"]["f1"]
     assert [sample["text"] for sample in metrics["samples"]] == list(training.SAMPLES)
+    # Two epochs of 48 windows; the whole call takes longer than the training.
+    assert 2 * 48 / metrics["windows_per_second"] <= metrics["seconds"] + 0.1
     assert (result.output / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert not list(result.output.glob("*.tmp"))
     assert str(result).splitlines()[-1].startswith(f"{result.output}: checkpoint, metrics.json, learning_curve.png")
@@ -323,6 +325,19 @@ def test_options_out_of_range(options: TrainOptions, change: dict[str, Any], mes
     with pytest.raises(UsageError) as error:
         replace(options, **change)
     assert str(error.value) == message
+
+
+def test_a_gpu_does_not_wait(options: TrainOptions, tmp_path: Path) -> None:
+    """Processes of the data loader make a GPU's batches; what is learnt with them is what is learnt without."""
+    on_gpu, on_cpu = (training.device_arguments(16, cuda=cuda) for cuda in (True, False))
+    assert (on_gpu["dataloader_num_workers"], on_cpu["dataloader_num_workers"]) == (2, 0)
+    assert on_gpu["per_device_eval_batch_size"] > on_cpu["per_device_eval_batch_size"] == 64
+    with pytest.MonkeyPatch.context() as patch:
+        there = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+        patch.setattr(training, "device_arguments", lambda *_, **__: on_cpu | there)
+        found = train(replace(options, output=tmp_path / "workers", epochs=1, max_documents=16))
+    alone = train(replace(options, output=tmp_path / "alone", epochs=1, max_documents=16))
+    assert found.epochs[0].training_loss == alone.epochs[0].training_loss
 
 
 def test_precision_fits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
