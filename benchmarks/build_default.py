@@ -22,8 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 import relu_base
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from medner import bundle, datasets, evaluate, score, sources, train
 from medner import export as exporting
@@ -93,12 +92,10 @@ def trained(options: train.TrainOptions) -> dict[str, Any]:
 
 
 def average(checkpoints: Sequence[Path], target: Path) -> None:
-    """Write the checkpoint whose weights are the mean of others that started from one (Wortsman et al. 2022)."""
-    weights = [load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints]
-    mean = {name: torch.stack([each[name] for each in weights]).mean(dim=0) for name in weights[0]}
+    """Write the checkpoint whose weights are the mean of others that started from one."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(checkpoints[-1], target, ignore=shutil.ignore_patterns("checkpoints", "*.png"))
-    save_file(mean, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(train.mean_weights(checkpoints), target / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_silver() -> None:

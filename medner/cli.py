@@ -156,6 +156,25 @@ def annotate(**given: Any) -> None:
     metavar="PATH",
     help="Data to learn from, but not to score, such as another model's spans.",
 )
+@click.option("--layer-decay", type=float, default=1.0, show_default=True, help="Learning rate, from layer to layer.")
+@click.option("--label-smoothing", type=float, default=0.0, show_default=True, help="Share for all classes alike.")
+@click.option(
+    "--average", type=click.IntRange(min=1), default=1, show_default=True, help="Try the mean of so many last epochs."
+)
+@click.option(
+    "--teacher",
+    "teachers",
+    multiple=True,
+    metavar="CHECKPOINT",
+    help="Learn from this model's probabilities, too; the mean of several.",
+)
+@click.option(
+    "--teacher-weight",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Of teachers on labelled data; on silver data they alone count.",
+)
 @click.option("--max-documents", type=click.IntRange(min=1), help="Use only so many of each split.")
 @click.option("--resume", is_flag=True, help="Go on from the last epoch saved in the output directory.")
 @click.option(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from medner.score import tags_of
 try:
     import torch
     import transformers
+    from safetensors.torch import load_file
     from seqeval.metrics.v1 import precision_recall_fscore_support
     from seqeval.scheme import IOB2
     from torch.utils.data import DataLoader
@@ -39,6 +41,9 @@ except ImportError as error:
     raise MissingPackage(f'training needs the package "{error.name}": pip install "medner[train]"') from None
 
 Ints = npt.NDArray[np.int64]
+
+#: Tokens of a batch that a teacher reads.
+_TAUGHT_TOKENS = 4_096
 
 #: Class index of tokens that carry no label: special tokens, and all but a word's first sub-token.
 IGNORED = -100
@@ -60,6 +65,12 @@ class TrainOptions:
     data's labels. window: tokens, specials included. precision: auto, fp32, bf16 or fp16. max_documents: use only so
     many documents of each split of each data set. silver: data sets that are learnt from and never scored on, such as
     another model's spans. resume: go on from the last epoch that was saved.
+
+    layer_decay: a layer's learning rate as a share of that of the layer above it (Howard and Ruder 2018).
+    label_smoothing: share of a label's probability that goes to all classes alike (Szegedy et al. 2016). average: also
+    try the mean of the weights of so many last epochs (Izmailov et al. 2018), and keep it if devel says so. teachers:
+    checkpoints with the same tokenizer and labels, from whose mean probabilities is learnt, too (Hinton et al. 2015):
+    teacher_weight of the loss on labelled data, and all of it on silver data, whose labels then do not count.
     """
 
     data: tuple[str, ...]
@@ -77,11 +88,16 @@ class TrainOptions:
     max_documents: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     silver: tuple[str, ...] = ()
+    layer_decay: float = 1.0
+    label_smoothing: float = 0.0
+    average: int = 1
+    teachers: tuple[str, ...] = ()
+    teacher_weight: float = 0.5
     resume: bool = False
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` where a value lies outside its range."""
-        for name in ("epochs", "batch_size", "max_documents"):
+        for name in ("epochs", "batch_size", "max_documents", "average"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value}: at least 1 is needed")
@@ -89,6 +105,8 @@ class TrainOptions:
             raise UsageError(f"lr {self.lr}: a positive number is needed")
         if not 0 <= self.warmup_ratio < 1 or self.weight_decay < 0:
             raise UsageError("warmup_ratio lies in [0, 1), weight_decay is not negative")
+        if not (0 < self.layer_decay <= 1 and 0 <= self.label_smoothing < 1 and 0 <= self.teacher_weight <= 1):
+            raise UsageError("layer_decay lies in (0, 1], label_smoothing in [0, 1), teacher_weight in [0, 1]")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise UsageError(f"precision {self.precision!r}: one of auto, fp32, bf16, fp16 is needed")
 
@@ -107,14 +125,17 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """Where the checkpoint lies and how training went; ``best`` is the epoch whose weights were kept.
+    """Where the checkpoint lies and how training went; ``best`` is the best epoch.
 
-    seconds: of the whole call; windows_per_second: of training alone, with the scoring of each epoch.
+    averaged: scores of the mean of the last epochs' weights, where it was tried; those weights were kept if its F1 is
+    above that of the best epoch. seconds: of the whole call; windows_per_second: of training alone, with the scoring of
+    each epoch.
     """
 
     output: Path
     epochs: tuple[Epoch, ...]
     best: Epoch
+    averaged: Mapping[str, float] | None
     untrained: Mapping[str, float]
     samples: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
     seconds: float
@@ -128,6 +149,7 @@ class TrainResult:
             f"untrained: devel F1 {self.untrained['f1']:.4f}",
             f"best epoch {self.best.epoch} of {len(self.epochs)}: devel precision {self.best.precision:.4f}, "
             f"recall {self.best.recall:.4f}, F1 {self.best.f1:.4f}",
+            *([f"mean of the last epochs' weights: devel F1 {self.averaged['f1']:.4f}"] if self.averaged else []),
             f"{self.output}: checkpoint, metrics.json, learning_curve.png ({self.seconds:.0f} s)",
         ]
         return "\n".join(lines)
@@ -144,7 +166,7 @@ def train(options: TrainOptions) -> TrainResult:
     """
     started = time.monotonic()
     precision = resolve_precision(options.precision)
-    data, tags, tokenizer, encoder = _prepare(options)
+    data, n_labelled, tags, tokenizer, encoder = _prepare(options)
     transformers.set_seed(options.seed)
     model = _load_model(options.base, tags)
     _check_window(options.window, model.config, tokenizer, encoder)
@@ -152,18 +174,23 @@ def train(options: TrainOptions) -> TrainResult:
     encoded = {split: encode(documents, encoder, tags, options.window) for split, documents in data.items()}
     samples = encode([Document("sample", text, ()) for text in SAMPLES], encoder, tags, options.window)
     weights = class_weights(encoded["train"], len(tags)) if options.class_weights else None
+    if options.teachers:
+        _teach(options, encoded["train"], n_labelled, encoder.pad_id, tags, tokenizer)
 
     trainer = _trainer(options, precision, model, encoded, encoder.pad_id, tags, weights)
     untrained = _scores_of(trainer.evaluate())
     before = _find(trainer, samples, encoder.pad_id, tags)
     trained = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    epochs = _epochs(trainer.state.log_history)
+    best = max(epochs, key=lambda epoch: epoch.f1)
+    averaged = _try_average(trainer, options, best) if options.average > 1 else None
     after = _find(trainer, samples, encoder.pad_id, tags)
 
-    epochs = _epochs(trainer.state.log_history)
     result = TrainResult(
         output=options.output,
         epochs=epochs,
-        best=max(epochs, key=lambda epoch: epoch.f1),
+        best=best,
+        averaged=averaged,
         untrained=untrained,
         samples=tuple(zip(SAMPLES, before, after, strict=True)),
         seconds=time.monotonic() - started,
@@ -184,13 +211,14 @@ def train(options: TrainOptions) -> TrainResult:
 class Encoded:
     """Documents as the model sees them.
 
-    inputs: for each window its token ids, and its class indices (``IGNORED`` where there is none), specials included.
+    inputs: for each window its token ids, and its class indices (``IGNORED`` where there is none), specials included;
+    with teachers, also their probabilities, float16 [tokens, classes], and ``hard``, the labels' share of the loss.
     owner: for each window the index of its document; the labelled tokens of a document's windows, in order, are its
     words. words: for each document the code-point offsets of its words, [n_words, 2].
     """
 
     documents: Sequence[Document]
-    inputs: list[dict[str, list[int]]]
+    inputs: list[dict[str, Any]]
     owner: list[int]
     words: list[Ints]
 
@@ -303,7 +331,7 @@ def inspect(options: TrainOptions, n: int = 3) -> Inspection:
 
     Raises as :func:`train` does for data and tokenizer.
     """
-    data, tags, tokenizer, encoder = _prepare(options)
+    data, _, tags, tokenizer, encoder = _prepare(options)
     encoded = encode(data["train"], encoder, tags, options.window)
     words = {
         number: iter(_texts(encoded.documents[number].text, encoded.words[number]))
@@ -351,8 +379,8 @@ def resolve_precision(precision: str) -> str:
 
 def _prepare(
     options: TrainOptions,
-) -> tuple[dict[str, list[Document]], list[str], Any, windows.WordTokenizer]:
-    """Documents by split, tags by class index, the tokenizer as transformers and as medner has it."""
+) -> tuple[dict[str, list[Document]], int, list[str], Any, windows.WordTokenizer]:
+    """Documents by split, how many of train are labelled, tags by class index, transformers' tokenizer and ours."""
     data = {
         split: [
             document
@@ -361,6 +389,7 @@ def _prepare(
         ]
         for split in ("train", "devel")
     }
+    n_labelled = len(data["train"])
     for name in options.silver:
         data["train"] += datasets.load(name, "train", options.labels)
     labels = datasets.labels_of(data["train"])
@@ -374,7 +403,7 @@ def _prepare(
     data["devel"] = [replace(d, spans=tuple(s for s in d.spans if s[2] in labels)) for d in data["devel"]]
     tokenizer = _load_tokenizer(options.base)
     encoder = windows.WordTokenizer(tokenizer.backend_tokenizer.to_str())
-    return data, tags, tokenizer, encoder
+    return data, n_labelled, tags, tokenizer, encoder
 
 
 @contextmanager
@@ -459,26 +488,59 @@ def _claim(options: TrainOptions, precision: str) -> Path | None:
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """The Trainer with class weights, and devel windows in batches of similar length in a fixed order."""
+    """The Trainer with our loss and layers, and devel windows in batches of similar length in a fixed order."""
 
-    def __init__(self, *args: Any, weights: npt.NDArray[np.float64] | None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        weights: npt.NDArray[np.float64] | None,
+        smoothing: float,
+        layer_decay: float,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self._smoothing = smoothing
+        self._layer_decay = layer_decay
+
+    def create_optimizer(self) -> Any:
+        """The Trainer's own optimizer, with a learning rate for each layer where that is asked for."""
+        if self._layer_decay < 1:
+            kind, given = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups = layer_groups(
+                self.model.named_parameters(),
+                decayed,
+                self.args.learning_rate,
+                self._layer_decay,
+                self.args.weight_decay,
+            )
+            self.optimizer = kind(groups, **given)
+        return super().create_optimizer()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross entropy over labelled tokens, weighted by class where weights were given."""
-        if self._weights is None:
+        """Cross entropy over labelled tokens: weighted by class, smoothed and shared with teachers as was asked for."""
+        if self._weights is None and not self._smoothing and "soft" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        outputs = model(**{name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs})
         logits = outputs.logits.float()
-        loss = torch.nn.functional.cross_entropy(
-            logits.view(-1, logits.shape[-1]),
-            inputs["labels"].view(-1),
-            weight=self._weights.to(logits.device),
-            ignore_index=IGNORED,
-        )
+        rows, labels = logits.view(-1, logits.shape[-1]), inputs["labels"].view(-1)
+        by_labels = {
+            "weight": None if self._weights is None else self._weights.to(logits.device),
+            "label_smoothing": self._smoothing if model.training else 0.0,
+            "ignore_index": IGNORED,
+        }
+        if "soft" not in inputs:
+            loss = torch.nn.functional.cross_entropy(rows, labels, **by_labels)
+        else:
+            known = labels != IGNORED
+            hard = inputs["hard"][:, None].expand(inputs["labels"].shape).reshape(-1)[known]
+            soft = inputs["soft"].view(-1, logits.shape[-1])[known].float()
+            each = torch.nn.functional.cross_entropy(rows[known], labels[known], reduction="none", **by_labels)
+            taught = -(soft * rows[known].log_softmax(dim=-1)).sum(dim=-1)
+            loss = (hard * each + (1 - hard) * taught).mean()
         return (loss, outputs) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -486,6 +548,30 @@ class _Trainer(Trainer):  # type: ignore[misc]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         loader = DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
+
+
+_LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
+
+
+def layer_groups(
+    parameters: Iterable[tuple[str, Any]], decayed: Set[str], lr: float, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of an optimizer's parameters, with a learning rate for each layer; weight decay for those in ``decayed``.
+
+    What stands above the layers (the head) has ``lr``, the last layer ``lr * layer_decay`` and so on down to the
+    embeddings, which stand below the first.
+    """
+    named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+    numbers = {name: int(match.group(1)) for name, _ in named if (match := _LAYER.search(name))}
+    n_layers = 1 + max(numbers.values(), default=-1)
+    groups: dict[tuple[int, bool], list[Any]] = {}
+    for name, parameter in named:
+        below = n_layers + 1 if "embed" in name else n_layers - numbers[name] if name in numbers else 0
+        groups.setdefault((below, name in decayed), []).append(parameter)
+    return [
+        {"params": members, "lr": lr * layer_decay**below, "weight_decay": weight_decay if decays else 0.0}
+        for (below, decays), members in sorted(groups.items(), key=lambda item: item[0])
+    ]
 
 
 class _EpochLines(TrainerCallback):  # type: ignore[misc]
@@ -554,7 +640,7 @@ def _trainer(
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=1 if options.average == 1 else options.average + 1,  # the best one stays, too
         load_best_model_at_end=True,
         metric_for_best_model="f1",
         greater_is_better=True,
@@ -573,6 +659,8 @@ def _trainer(
         preprocess_logits_for_metrics=lambda logits, _: logits.argmax(dim=-1),
         compute_metrics=lambda output: _strict(devel, np.asarray(output.predictions)[back], tags),
         weights=weights,
+        smoothing=options.label_smoothing,
+        layer_decay=options.layer_decay,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_EpochLines())
@@ -581,8 +669,67 @@ def _trainer(
     return trainer
 
 
-def _collator(pad_id: int) -> Callable[[Sequence[Mapping[str, list[int]]]], dict[str, Any]]:
-    def collate(items: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+def _teach(
+    options: TrainOptions, encoded: Encoded, n_labelled: int, pad_id: int, tags: Sequence[str], tokenizer: Any
+) -> None:
+    """Add the teachers' mean probabilities to the windows. n_labelled: documents, of the first, whose labels count."""
+    total = [np.zeros((len(item["input_ids"]), len(tags)), np.float32) for item in encoded.inputs]
+    for teacher in options.teachers:
+        if _load_tokenizer(teacher).get_vocab() != tokenizer.get_vocab():
+            raise ModelError(f"{teacher}: has another tokenizer than {options.base}; a teacher needs the same")
+        found, order = _probabilities(teacher, encoded, pad_id)
+        if sorted(order) != sorted(tags):
+            raise ModelError(f"{teacher}: knows the tags {', '.join(order)}, and the data {', '.join(tags)}")
+        columns = [order.index(tag) for tag in tags]
+        for mean, probabilities in zip(total, found, strict=True):
+            mean += probabilities[:, columns] / len(options.teachers)
+    for item, owner, mean in zip(encoded.inputs, encoded.owner, total, strict=True):
+        item["soft"] = mean.astype(np.float16)
+        item["hard"] = 1 - options.teacher_weight if owner < n_labelled else 0.0
+
+
+def _probabilities(checkpoint: str, encoded: Encoded, pad_id: int) -> tuple[list[npt.NDArray[np.float32]], list[str]]:
+    """A model's probabilities for each window, float32 [tokens, classes], and its tags by class."""
+    from medner.pytorch import TorchModel  # here, since it is no part of what training needs otherwise
+
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = TorchModel(Path(checkpoint).expanduser(), device=device)
+    found: list[Any] = [None] * len(encoded.inputs)
+    lengths = [len(item["input_ids"]) for item in encoded.inputs]
+    batches = list(windows.batches(lengths, _TAUGHT_TOKENS))
+    for batch in tqdm(batches, "asking a teacher", disable=None):
+        width = max(lengths[i] for i in batch)
+        ids = np.full((len(batch), width), pad_id)
+        for row, i in enumerate(batch):
+            ids[row, : lengths[i]] = encoded.inputs[i]["input_ids"]
+        logits = torch.from_numpy(model(ids, np.array([lengths[i] for i in batch])))
+        for i, row in zip(batch, logits.softmax(dim=-1).numpy(), strict=True):
+            found[i] = row[: lengths[i]]
+    labels = AutoConfig.from_pretrained(str(Path(checkpoint).expanduser()), trust_remote_code=False).id2label
+    return found, [labels[i] for i in range(len(labels))]
+
+
+def _try_average(trainer: _Trainer, options: TrainOptions, best: Epoch) -> dict[str, float]:
+    """Scores of the mean of the last epochs' weights; the model keeps them if they are better than the best epoch's."""
+    saved = sorted(
+        (options.output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])
+    )[-options.average :]
+    kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.model.load_state_dict(mean_weights(saved), strict=False)
+    scores = _scores_of(trainer.evaluate(metric_key_prefix="averaged"), "averaged")
+    if scores["f1"] <= best.f1:
+        trainer.model.load_state_dict(kept)
+    return scores
+
+
+def mean_weights(checkpoints: Sequence[Path]) -> dict[str, Any]:
+    """The mean of the weights of checkpoints that are of one training, or started from one (Wortsman et al. 2022)."""
+    weights = [load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints]
+    return {name: torch.stack([each[name] for each in weights]).mean(dim=0) for name in weights[0]}
+
+
+def _collator(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         length = windows.padded_length(max(len(item["input_ids"]) for item in items))
         ids = torch.full((len(items), length), pad_id)
         mask = torch.zeros((len(items), length), dtype=torch.long)
@@ -592,7 +739,13 @@ def _collator(pad_id: int) -> Callable[[Sequence[Mapping[str, list[int]]]], dict
             ids[row, :n] = torch.tensor(item["input_ids"])
             mask[row, :n] = 1
             labels[row, :n] = torch.tensor(item["labels"])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if "soft" in items[0]:
+            batch["hard"] = torch.tensor([item["hard"] for item in items])
+            batch["soft"] = torch.zeros((len(items), length, items[0]["soft"].shape[1]))
+            for row, item in enumerate(items):
+                batch["soft"][row, : len(item["soft"])] = torch.from_numpy(item["soft"])
+        return batch
 
     return collate
 
@@ -641,8 +794,8 @@ def _find(trainer: _Trainer, encoded: Encoded, pad_id: int, tags: Sequence[str])
 # What comes out
 
 
-def _scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: metrics[f"eval_{name}"] for name in ("loss", "precision", "recall", "f1")}
+def _scores_of(metrics: Mapping[str, float], prefix: str = "eval") -> dict[str, float]:
+    return {name: metrics[f"{prefix}_{name}"] for name in ("loss", "precision", "recall", "f1")}
 
 
 def _epochs(history: Sequence[Mapping[str, Any]]) -> tuple[Epoch, ...]:
@@ -658,7 +811,11 @@ def _plain_options(options: TrainOptions) -> dict[str, Any]:
     """The options that decide what is trained, for JSON."""
     plain = asdict(options)
     del plain["resume"]
-    return {**plain, "data": list(options.data), "silver": list(options.silver), "output": str(options.output)}
+    return (
+        plain
+        | {name: list(getattr(options, name)) for name in ("data", "silver", "teachers")}
+        | {"output": str(options.output)}
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -697,6 +854,7 @@ def _metrics(
         "untrained": dict(result.untrained),
         "epochs": [asdict(epoch) for epoch in result.epochs],
         "best": asdict(result.best),
+        "averaged": None if result.averaged is None else dict(result.averaged),
         "samples": [
             {"text": text, "before": list(before), "after": list(after)} for text, before, after in result.samples
         ],

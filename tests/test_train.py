@@ -247,19 +247,143 @@ def test_class_weights_change_the_training(
     assert "epoch 1: training loss" in output.err
 
 
-def test_the_weighted_loss_is_that_of_torch(options: TrainOptions) -> None:
-    """Hand-worked: two labelled tokens of weights 1 and 3 with losses a and b give (a + 3 b) / 4."""
+def loss_of(logits: Any, inputs: dict[str, Any], **options: Any) -> float:
+    """The trainer's loss for logits that a model gives."""
     trainer = object.__new__(training._Trainer)
-    trainer._weights = torch.tensor([1.0, 3.0])
+    trainer._weights, trainer._smoothing = options.get("weights"), options.get("smoothing", 0.0)
+    model = torch.nn.Linear(1, 1).train(options.get("training", True))
+    model.forward = lambda **_: transformers.modeling_outputs.TokenClassifierOutput(logits=logits)
+    return float(trainer.compute_loss(model, inputs))
+
+
+def test_the_weighted_loss_is_that_of_torch() -> None:
+    """Hand-worked: two labelled tokens of weights 1 and 3 with losses a and b give (a + 3 b) / 4."""
     logits = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [9.0, 9.0]]])
-
-    def model(input_ids: object) -> Any:
-        return transformers.modeling_outputs.TokenClassifierOutput(logits=logits)
-
     inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[0, 1, IGNORED]])}
     first, second = np.log1p(np.exp(-2.0)), np.log1p(np.exp(1.0))
-    loss = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(2))
-    assert float(loss) == pytest.approx((first + 3 * second) / 4)
+    assert loss_of(logits, inputs, weights=torch.tensor([1.0, 3.0])) == pytest.approx((first + 3 * second) / 4)
+
+
+def test_the_smoothed_loss() -> None:
+    """Hand-worked: a tenth of a label's probability goes to both classes alike; devel is scored without."""
+    logits, labels = torch.tensor([[[2.0, 0.0], [9.0, 9.0]]]), torch.tensor([[0, IGNORED]])
+    inputs = {"input_ids": torch.tensor([[5, 6]]), "labels": labels}
+    right, wrong = np.log1p(np.exp(-2.0)), np.log1p(np.exp(2.0))
+    assert loss_of(logits, inputs, smoothing=0.1) == pytest.approx(0.95 * right + 0.05 * wrong)
+    assert loss_of(logits, inputs, smoothing=0.1, training=False) == pytest.approx(right)
+
+
+def test_the_loss_with_teachers() -> None:
+    """Hand-worked: a labelled window shares its loss with the teachers' probabilities, a silver one has those alone."""
+    logits = torch.tensor([[[2.0, 0.0], [5.0, 5.0]], [[0.0, 1.0], [5.0, 5.0]]])
+    inputs = {
+        "input_ids": torch.tensor([[5, 6], [5, 6]]),
+        "labels": torch.tensor([[0, IGNORED], [0, IGNORED]]),
+        "hard": torch.tensor([0.75, 0.0]),
+        "soft": torch.tensor([[[0.5, 0.5], [0.0, 0.0]], [[0.25, 0.75], [0.0, 0.0]]]),
+    }
+    right, wrong = np.log1p(np.exp(-2.0)), np.log1p(np.exp(2.0))
+    first = 0.75 * right + 0.25 * (right + wrong) / 2
+    second = 0.25 * np.log1p(np.exp(1.0)) + 0.75 * np.log1p(np.exp(-1.0))
+    assert loss_of(logits, inputs) == pytest.approx((first + second) / 2)
+
+
+def test_learning_rates_by_layer(base: Path) -> None:
+    """The head has the whole rate, each layer half of that above it; weight decay is for matrices alone."""
+    model = transformers.AutoModelForTokenClassification.from_pretrained(base)
+    named = dict(model.named_parameters())
+    decayed = {name for name in named if name.endswith("weight") and "LayerNorm" not in name}
+    groups = training.layer_groups(named.items(), decayed, 1.0, 0.5, 0.01)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(rates) == len(named)
+    for name, expected in {
+        "classifier.weight": (1.0, 0.01),
+        "classifier.bias": (1.0, 0.0),
+        "bert.encoder.layer.1.output.dense.weight": (0.5, 0.01),
+        "bert.encoder.layer.0.output.LayerNorm.weight": (0.25, 0.0),
+        "bert.embeddings.word_embeddings.weight": (0.125, 0.01),
+    }.items():
+        assert rates[id(named[name])] == expected, name
+
+
+def test_options_that_change_the_training(result: training.TrainResult, options: TrainOptions, tmp_path: Path) -> None:
+    """Each changes what is learnt, is recorded, and the training still learns."""
+    weights = weights_of(result.output)
+    for name, value in {"layer_decay": 0.9, "label_smoothing": 0.1}.items():
+        changed = train(replace(options, output=tmp_path / name, **{name: value}))
+        metrics = json.loads((changed.output / "metrics.json").read_text())
+        assert metrics["options"][name] == value
+        assert metrics["averaged"] is None
+        assert changed.best.f1 > changed.untrained["f1"]
+        assert any(not torch.equal(value, weights[key]) for key, value in weights_of(changed.output).items())
+
+
+def test_the_mean_of_the_last_epochs(options: TrainOptions, tmp_path: Path) -> None:
+    """It is scored on devel and recorded; what is saved is it or the best epoch, whichever is better."""
+    chosen = set()
+    for lr in (5e-3, 2e-2):
+        found = train(replace(options, output=tmp_path / str(lr), epochs=4, lr=lr, average=3))
+        assert found.averaged is not None
+        metrics = json.loads((found.output / "metrics.json").read_text())
+        assert metrics["averaged"] == found.averaged
+        assert f"mean of the last epochs' weights: devel F1 {found.averaged['f1']:.4f}" in str(found)
+        saved = {int(path.name.split("-")[1]): path for path in (found.output / "checkpoints").glob("checkpoint-*")}
+        steps = 48 // options.batch_size
+        mean = training.mean_weights([saved[steps * epoch] for epoch in (2, 3, 4)])
+        name = "classifier.weight"
+        assert torch.equal(mean[name], torch.stack([weights_of(saved[steps * n])[name] for n in (2, 3, 4)]).mean(dim=0))
+        better = found.averaged["f1"] > found.best.f1
+        chosen.add(better)
+        expected = mean if better else weights_of(saved[steps * found.best.epoch])
+        assert torch.equal(weights_of(found.output)[name], expected[name])
+    assert chosen  # which of both it is depends on the machine
+
+
+def test_teachers_are_learnt_from(result: training.TrainResult, options: TrainOptions, tmp_path: Path) -> None:
+    """Of silver data their probabilities count and not its labels, which are all wrong here."""
+    silver = {"text": "the patient has gouty pain. no left ankle gout.", "spans": [[0, 3, "Site"], [16, 22, "Site"]]}
+    (tmp_path / "silver.jsonl").write_text("".join(json.dumps(silver) + "\n" for _ in range(40)))
+    wrong = replace(options, silver=(str(tmp_path / "silver.jsonl"),), epochs=1)
+    misled = train(replace(wrong, output=tmp_path / "misled"))
+    taught = train(replace(wrong, output=tmp_path / "taught", teachers=(str(result.output), str(result.output))))
+    assert taught.best.f1 > misled.best.f1
+    metrics = json.loads((taught.output / "metrics.json").read_text())
+    assert metrics["options"]["teachers"] == [str(result.output)] * 2
+
+
+def test_what_teachers_say(result: training.TrainResult, options: TrainOptions, encoder: WordTokenizer) -> None:
+    """Their mean probabilities stand beside each token, whatever the order of their tags."""
+    data = load(options.data[0], "devel")
+    encoded = encode(data, encoder, TAGS, 32)
+    tokenizer = training._load_tokenizer(str(result.output))
+    training._teach(replace(options, teachers=(str(result.output),)), encoded, 5, 0, TAGS, tokenizer)
+    model = transformers.AutoModelForTokenClassification.from_pretrained(result.output)
+    for owner, item in zip(encoded.owner, encoded.inputs, strict=True):
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([item["input_ids"]])).logits[0]
+        assert np.abs(item["soft"] - logits.softmax(dim=-1).numpy()).max() < 2e-3
+        assert item["hard"] == (0.5 if owner < 5 else 0.0)
+    other = encode(data, encoder, TAGS, 32)
+    order = [TAGS[i] for i in (0, 3, 4, 1, 2)]
+    training._teach(replace(options, teachers=(str(result.output),)), other, 5, 0, order, tokenizer)
+    assert np.array_equal(other.inputs[0]["soft"][:, [0, 3, 4, 1, 2]], encoded.inputs[0]["soft"])
+
+
+def test_unfit_teachers(result: training.TrainResult, options: TrainOptions, tmp_path: Path) -> None:
+    """One of other labels or another vocabulary is refused."""
+    taught = replace(options, teachers=(str(result.output),), output=tmp_path / "out")
+    with pytest.raises(ModelError) as error:
+        train(replace(taught, labels={"*": "Problem"}))
+    assert str(error.value) == (
+        f"{result.output}: knows the tags {', '.join(TAGS)}, and the data O, B-Problem, I-Problem"
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "vocab.txt").write_text("\n".join([*PIECES.split(), "more"]))
+    transformers.BertTokenizerFast(vocab_file=str(other / "vocab.txt")).save_pretrained(other)
+    transformers.BertConfig(vocab_size=8).save_pretrained(other)
+    with pytest.raises(ModelError, match="has another tokenizer than"):
+        train(replace(taught, teachers=(str(other),), output=tmp_path / "again"))
 
 
 def test_inspect_shows_tokens_words_tags_and_weights(options: TrainOptions, tmp_path: Path) -> None:
@@ -317,6 +441,9 @@ def test_silver_data_is_learnt_from_and_not_scored_on(options: TrainOptions, tmp
         ({"epochs": 0}, "epochs 0: at least 1 is needed"),
         ({"lr": 0.0}, "lr 0.0: a positive number is needed"),
         ({"warmup_ratio": 1.0}, "warmup_ratio lies in [0, 1), weight_decay is not negative"),
+        ({"layer_decay": 0.0}, "layer_decay lies in (0, 1], label_smoothing in [0, 1), teacher_weight in [0, 1]"),
+        ({"label_smoothing": 1.0}, "layer_decay lies in (0, 1], label_smoothing in [0, 1), teacher_weight in [0, 1]"),
+        ({"average": 0}, "average 0: at least 1 is needed"),
         ({"precision": "int8"}, "precision 'int8': one of auto, fp32, bf16, fp16 is needed"),
     ],
 )
