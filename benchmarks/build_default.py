@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import errors
 import pyarrow as pa
 import relu_base
 from safetensors.torch import save_file
@@ -191,6 +192,7 @@ def card(path: Path, facts: dict[str, Any]) -> str:
         "capitals": f"{100 * facts['capitals_agreement']:.2f}",
         "masks": str(facts["masks"]["masks"]),
         "holding": str(facts["masks"]["holding"]),
+        "errors": facts["errors"],
         "equal": f"{100 * facts['masks']['equal']:.2f}",
         "megabytes": f"{loaded.variants['int8'].bytes / 1e6:.1f}",
     }
@@ -231,6 +233,7 @@ def main() -> None:
         "aci_agreement": agreement(path, documents),
         "capitals_agreement": agreement(path, documents, [replace(d, text=_upper(d.text)) for d in documents]),
         "masks": masked_mentions(path, documents),
+        "errors": errors.section(Annotator.load(path, Options(precision="int8"))),
         "scores": scores_of(path),
     }
     manifest = json.loads((path / bundle.MANIFEST).read_text(encoding="utf-8"))

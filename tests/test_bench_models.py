@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from medner import testing
+from medner.datasets import Document
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks").is_dir():
@@ -20,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnx", reason="build_default exports")
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    build_default, relu_base = map(import_module, ("build_default", "relu_base"))
+    build_default, errors, relu_base = map(import_module, ("build_default", "errors", "relu_base"))
 
 
 def checkpoint(path: Path, seed: int) -> Path:
@@ -97,3 +98,42 @@ def test_the_mean_of_weights(tmp_path: Path) -> None:
     assert sorted(file.name for file in target.iterdir()) == sorted(
         file.name for file in paths[-1].iterdir() if file.name != "checkpoints"
     )
+
+
+def test_kinds_of_errors() -> None:
+    """Hand-worked: exact, shifted, missed of each kind, and invented; an overlap is no invention."""
+    text = "T2DM, breast and ovarian cancer, gout attack, asthma, fever, CF"
+    gold = [("T2DM", "SpecificDisease"), ("breast and ovarian cancer", "CompositeMention"), ("gout", "DiseaseClass"),
+            ("asthma", "SpecificDisease"), ("CF", "Modifier")]  # fmt: skip
+    spans = tuple((text.index(word), text.index(word) + len(word), label) for word, label in gold)
+    document = Document("a", text, spans)
+    found = [
+        [
+            (text.index(word), text.index(word) + len(word), "Disease")
+            for word in ("ovarian cancer", "gout attack", "fever", "CF")
+        ]
+    ]
+    expected = {"boundary": 1, "abbreviation": 1, "composite": 1, "other": 1, "invented": 1}
+    assert errors.kinds([document], found) == expected
+    assert set(errors.KINDS) == set(expected)
+
+
+def test_unseen_mentions() -> None:
+    """Known texts count neither as right nor as wrong."""
+    document = Document("a", "Gout, asthma, measles.", ((0, 4, "D"), (6, 12, "D"), (14, 21, "D")))
+    known = errors.mentions([Document("b", "gout", ((0, 4, "D"),))])
+    scores = errors.unseen([document], [[(0, 4, "D"), (6, 12, "D"), (6, 10, "D")]], known).overall
+    assert (scores.tp, scores.fp, scores.fn) == (1, 1, 1)
+
+
+def test_the_records() -> None:
+    """Thirty notes whose spans are what they say, in the forms that electronic records have."""
+    rows = [json.loads(line) for line in errors.RECORDS.read_text(encoding="utf-8").splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows) == 30
+    assert all(row["text"][s["start"] : s["end"]] == s["text"] for row in rows for s in row["spans"])
+    spans = [s["text"] for row in rows for s in row["spans"]]
+    assert len(spans) > 100
+    assert any("\n" in text for text in spans)
+    assert any(text.isupper() and " " in text for text in spans)
+    assert sum("___" in row["text"] for row in rows) >= 3
+    assert any(not row["spans"] for row in rows)
