@@ -55,15 +55,16 @@ class Sizes:
     """How much is done.
 
     labelled: generated sentences to train on, so many epochs at that peak learning rate; batch_sizes: of the trainings
-    that are timed, of which the first is the one that counts. lengths: tokens of the windows, and budgets: padded
-    tokens of a call, of the model alone; seconds: of each such cell. corpus: characters of the generated notes that are
-    annotated from file to Parquet, in a first and a second run. compared: notes for ``medner compare``.
+    of the first model that are timed, of which the first is the one that counts. lengths: tokens of the windows, and
+    budgets: padded tokens of a call, of the model alone; seconds: of each such cell. corpus: characters of the
+    generated notes that are annotated from file to Parquet, in a first and a second run. compared: notes for ``medner
+    compare``.
     """
 
     labelled: int = 6_000
     epochs: int = 3
     lr: float = 1e-4
-    batch_sizes: tuple[int, ...] = (32, 16, 64)
+    batch_sizes: tuple[int, ...] = (32, 128)
     lengths: tuple[int, ...] = (16, 32, 64, 128)
     budgets: tuple[int, ...] = (8_192, 32_768, 131_072)
     seconds: float = 0.6
@@ -156,12 +157,12 @@ def doctor(device: str, out: Path) -> dict[str, Any]:
     return {finding["check"]: finding["state"] for finding in json.loads(said)["findings"]}
 
 
-def training(name: str, work: Path, data: Path, sizes: Sizes) -> dict[str, Any]:
+def training(name: str, work: Path, data: Path, sizes: Sizes, batch_sizes: Sequence[int]) -> dict[str, Any]:
     """Train a model from random weights with each batch size; the first checkpoint is used in what follows."""
     base = work / name / "random"
     build_base.write_checkpoint(transformers.BertConfig(**MODELS[name]), base)
     found = {}
-    for number, batch_size in enumerate(sizes.batch_sizes):
+    for number, batch_size in enumerate(batch_sizes):
         output = work / name / ("trained" if not number else f"batch-{batch_size}")
         epochs = sizes.epochs if not number else 1
         command(
@@ -390,7 +391,15 @@ def measure(
         for name in models:
             one: dict[str, Any] = {}
             result["models"][name] = one
-            one["training"] = steps.run(f"{name}: training", training, name, work, data, sizes)
+            one["training"] = steps.run(
+                f"{name}: training",
+                training,
+                name,
+                work,
+                data,
+                sizes,
+                sizes.batch_sizes[: None if name == models[0] else 1],
+            )
             checkpoint = given.get(name, work / name / "trained")
             one["export"] = steps.run(f"{name}: export", exporting, name, work, checkpoint, few)
             if one["export"] is None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, pairwise
 from pathlib import Path
@@ -729,25 +730,27 @@ def mean_weights(checkpoints: Sequence[Path]) -> dict[str, Any]:
 
 
 def _collator(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-    def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        length = windows.padded_length(max(len(item["input_ids"]) for item in items))
-        ids = torch.full((len(items), length), pad_id)
-        mask = torch.zeros((len(items), length), dtype=torch.long)
-        labels = torch.full((len(items), length), IGNORED)
-        for row, item in enumerate(items):
-            n = len(item["input_ids"])
-            ids[row, :n] = torch.tensor(item["input_ids"])
-            mask[row, :n] = 1
-            labels[row, :n] = torch.tensor(item["labels"])
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        if "soft" in items[0]:
-            batch["hard"] = torch.tensor([item["hard"] for item in items])
-            batch["soft"] = torch.zeros((len(items), length, items[0]["soft"].shape[1]))
-            for row, item in enumerate(items):
-                batch["soft"][row, : len(item["soft"])] = torch.from_numpy(item["soft"])
-        return batch
+    return partial(_collate, pad_id=pad_id)  # a closure could not be sent to the loader's processes
 
-    return collate
+
+def _collate(items: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Any]:
+    """One batch of windows, padded on the right."""
+    length = windows.padded_length(max(len(item["input_ids"]) for item in items))
+    ids = torch.full((len(items), length), pad_id)
+    mask = torch.zeros((len(items), length), dtype=torch.long)
+    labels = torch.full((len(items), length), IGNORED)
+    for row, item in enumerate(items):
+        n = len(item["input_ids"])
+        ids[row, :n] = torch.tensor(item["input_ids"])
+        mask[row, :n] = 1
+        labels[row, :n] = torch.tensor(item["labels"])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if "soft" in items[0]:
+        batch["hard"] = torch.tensor([item["hard"] for item in items])
+        batch["soft"] = torch.zeros((len(items), length, items[0]["soft"].shape[1]))
+        for row, item in enumerate(items):
+            batch["soft"][row, : len(item["soft"])] = torch.from_numpy(item["soft"])
+    return batch
 
 
 def _decode(encoded: Encoded, predicted: Iterable[npt.NDArray[Any]], tags: Sequence[str]) -> list[list[Span]]:
