@@ -1,6 +1,6 @@
 """What medner does on a GPU, in one call; ``gpu.sh`` says how.
 
-    python benchmarks/gpu.py -o OUT [--devices 0,1] [--models base,minilm] [--checkpoint base=DIR] [--seconds 450]
+    python benchmarks/gpu.py -o OUT [--devices 0,1] [--models base,minilm] [--checkpoint base=DIR] [--seconds 420]
 
 Steps, each of which is left out where time is short, and recorded where it fails: ``medner doctor``; ``medner train``
 of each model from random weights, on generated sentences that the default bundle labels; ``medner export`` to fp32 and
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -46,6 +47,10 @@ DOCUMENTS = common.DATA / "ncbi-disease" / "pubtator"
 NOTES = common.ROOT / "examples" / "notes.jsonl"
 MEDNER = (sys.executable, "-P", "-m", "medner.cli")
 SEED = 13
+#: After which a command of medner is stopped; no step begins after --seconds, so that both together fit ten minutes.
+COMMAND_SECONDS, SECONDS = 150, 420
+#: Rows of a part where several devices share the parts, so that each gets about as many.
+SHARED_ROWS = 1_000
 #: Goals on an H200 for BERT-base in fp16: tokens a second of the model alone, and the share of it from file to Parquet.
 GOAL_TOKENS, GOAL_SHARE, GOAL_F1 = 2.2e6, 0.8, 0.002
 
@@ -62,7 +67,7 @@ class Sizes:
     """
 
     labelled: int = 6_000
-    epochs: int = 3
+    epochs: int = 2
     lr: float = 1e-4
     batch_sizes: tuple[int, ...] = (32, 128)
     lengths: tuple[int, ...] = (16, 32, 64, 128)
@@ -142,9 +147,16 @@ def write_labelled(folder: Path, count: int) -> None:
 # Steps
 
 
-def command(*arguments: object, codes: Sequence[int] = (0,)) -> str:
-    """What a command of medner prints; RuntimeError with what it says where its exit code is another."""
-    done = subprocess.run([*MEDNER, *map(str, arguments)], capture_output=True, text=True, check=False)
+def command(*arguments: object, codes: Sequence[int] = (0,), device: str = "") -> str:
+    """What a command of medner prints; RuntimeError with what it says where its exit code is another.
+
+    device: the only one that it may see, where it would take all. Raises TimeoutExpired after :data:`COMMAND_SECONDS`.
+    """
+    seen = {"CUDA_VISIBLE_DEVICES": device.partition(":")[2]} if device else {}
+    done = subprocess.run(
+        [*MEDNER, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS,
+        env=os.environ | seen,
+    )  # fmt: skip
     if done.returncode not in codes:
         raise RuntimeError(f"medner {arguments[0]} gave exit code {done.returncode}: {done.stderr.strip()[-800:]}")
     return done.stdout
@@ -157,17 +169,18 @@ def doctor(device: str, out: Path) -> dict[str, Any]:
     return {finding["check"]: finding["state"] for finding in json.loads(said)["findings"]}
 
 
-def training(name: str, work: Path, data: Path, sizes: Sizes, batch_sizes: Sequence[int]) -> dict[str, Any]:
+def training(
+    name: str, work: Path, data: Path, device: str, sizes: Sizes, batch_sizes: Sequence[int]
+) -> dict[str, Any]:
     """Train a model from random weights with each batch size; the first checkpoint is used in what follows."""
     base = work / name / "random"
     build_base.write_checkpoint(transformers.BertConfig(**MODELS[name]), base)
     found = {}
     for number, batch_size in enumerate(batch_sizes):
         output = work / name / ("trained" if not number else f"batch-{batch_size}")
-        epochs = sizes.epochs if not number else 1
         command(
-            "train", "--data", data, "--base", base, "-o", output, "--epochs", epochs, "--batch-size", batch_size,
-            "--lr", sizes.lr,
+            "train", "--data", data, "--base", base, "-o", output, "--epochs", sizes.epochs, "--batch-size", batch_size,
+            "--lr", sizes.lr, device=device,
         )  # fmt: skip
         metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
         wanted = ("windows_per_second", "seconds", "precision", "device")
@@ -257,14 +270,18 @@ def in_turns(engines: Mapping[str, Callable[[Ints, Ints], Any]], ids: Ints, seco
     return times
 
 
-def whole(name: str, work: Path, device: str, corpora: Sequence[Path]) -> dict[str, Any]:
-    """From file to Parquet without reuse: the slope between two corpora, so that start-up is counted apart."""
-    runs = []
+def whole(name: str, work: Path, device: str, corpora: Sequence[Path], more: Sequence[object] = ()) -> dict[str, Any]:
+    """From file to Parquet without reuse: the slope between two corpora, so that start-up is counted apart.
+
+    more: options for every run. The second run has the first one's budget, for equal batches.
+    """
+    runs: list[Any] = []
     for number, corpus in enumerate(corpora):
         output = work / name / f"run-{len(runtime.devices(device))}-{number}"
         command(
             "annotate", corpus, "-o", output, "--model", work / name / "bundle", "--device", device,
-            "--precision", "fp16", "--no-reuse", "--overwrite", "--quiet",
+            "--precision", "fp16", "--no-reuse", "--overwrite", "--quiet", *more,
+            *(["--batch-tokens", runs[0]["options"]["batch_tokens"]] if runs and "--batch-tokens" not in more else []),
         )  # fmt: skip
         runs.append(json.loads((output / "manifest.json").read_text(encoding="utf-8")))
     return slope(runs[0], runs[1], len(runtime.devices(device)))
@@ -320,7 +337,7 @@ def ceiling(device: str, n: int) -> float:
     """TFLOP/s of one large half-precision product, on random data."""
     kind = torch.float32 if device == "cpu" else torch.float16
     a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(kind) for _ in range(2))
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+    wait = (lambda: torch.cuda.synchronize(device)) if device != "cpu" else lambda: None
     times = []
     for number in range(13):
         wait()
@@ -346,13 +363,20 @@ def flops(name: str, length: int) -> float:
 class Steps:
     """Runs steps one after another; one that fails or does not fit is recorded, and the next one begins."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, save: Callable[[], None] = lambda: None) -> None:
+        """save: called after each step, so that what was found is there whatever happens next."""
         self._end = time.monotonic() + seconds
+        self._save = save
         self.seconds: dict[str, float] = {}
         self.failed: dict[str, str] = {}
 
-    def run(self, name: str, step: Callable[..., Any], *arguments: Any) -> Any:
-        """What the step gives, or None."""
+    def run(self, found: dict[str, Any], key: str, name: str, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Put what the step gives, or None, under a key of what was found, and return it."""
+        found[key] = self._try(name, step, *arguments)
+        self._save()
+        return found[key]
+
+    def _try(self, name: str, step: Callable[..., Any], *arguments: Any) -> Any:
         if time.monotonic() > self._end:
             self.failed[name] = "no time left"
             return None
@@ -376,49 +400,53 @@ def measure(
     every = "cpu" if cpu else f"cuda:{devices}"
     device = runtime.devices(every)[0]
     sizes = REHEARSAL if cpu else Sizes()
-    steps = Steps(seconds)
-    result: dict[str, Any] = {"devices": every, "models": {}}
+    result: dict[str, Any] = {
+        "benchmark": "gpu",
+        "date": time.strftime("%Y-%m-%d"),
+        "devices": every,
+        "models": {},
+    }
+
+    def save() -> None:
+        whole_result = result | {"seconds": steps.seconds, "failed": steps.failed}
+        (out / "results.json").write_text(json.dumps(whole_result, indent=1) + "\n", encoding="utf-8")
+
+    steps = Steps(seconds, save)
+    steps.run(result, "machine", "machine", compare.machine, device)
     with tempfile.TemporaryDirectory(prefix="medner-gpu-") as folder:
         work = Path(folder)
-        few, corpora = work / "few.jsonl", [work / f"corpus-{n}.jsonl" for n in range(2)]
+        data, few, corpora = work / "labelled", work / "few.jsonl", [work / f"corpus-{n}.jsonl" for n in range(2)]
         write_notes(few, generated(60_000, SEED))
         for corpus, characters in zip(corpora, sizes.corpus, strict=True):
             write_notes(corpus, generated(characters, SEED + 1))
-        data = work / "labelled"
         write_labelled(data, sizes.labelled)
-        result["doctor"] = steps.run("doctor", doctor, device, out)
-        result["ceiling_tflops"] = steps.run("ceiling", ceiling, device, 512 if cpu else 8192)
+        steps.run(result, "doctor", "doctor", doctor, device, out)
+        steps.run(result, "ceiling_tflops", "ceiling", ceiling, device, 512 if cpu else 8192)
         for name in models:
             one: dict[str, Any] = {}
             result["models"][name] = one
-            one["training"] = steps.run(
-                f"{name}: training",
-                training,
-                name,
-                work,
-                data,
-                sizes,
-                sizes.batch_sizes[: None if name == models[0] else 1],
-            )
+            batch_sizes = sizes.batch_sizes if name == models[0] else sizes.batch_sizes[:1]
+            steps.run(one, "training", f"{name}: training", training, name, work, data, device, sizes, batch_sizes)
             checkpoint = given.get(name, work / name / "trained")
-            one["export"] = steps.run(f"{name}: export", exporting, name, work, checkpoint, few)
-            if one["export"] is None:
+            if steps.run(one, "export", f"{name}: export", exporting, name, work, checkpoint, few) is None:
                 continue
             labelled = DOCUMENTS if name in given and DOCUMENTS.is_dir() else data
             one["documents"] = "NCBI Disease documents" if labelled == DOCUMENTS else "generated sentences"
             documents = datasets.load(str(labelled), "devel")
-            one["spans"] = steps.run(f"{name}: spans", spans, name, work, checkpoint, device, documents)
-            one["alone"] = steps.run(f"{name}: alone", alone, name, work, checkpoint, device, sizes)
-            one["whole"] = steps.run(f"{name}: whole", whole, name, work, device, corpora)
-            if every != device:
-                one["whole_several"] = steps.run(f"{name}: several devices", whole, name, work, every, corpora)
-            one["compare"] = steps.run(f"{name}: compare", comparing, name, work, checkpoint, device, few, out, sizes)
-    return result | {"machine": compare.machine(device), "seconds": steps.seconds, "failed": steps.failed}
+            steps.run(one, "spans", f"{name}: spans", spans, name, work, checkpoint, device, documents)
+            steps.run(one, "alone", f"{name}: alone", alone, name, work, checkpoint, device, sizes)
+            shared = ["--part-rows", SHARED_ROWS] if every != device else []
+            run = steps.run(one, "whole", f"{name}: whole", whole, name, work, device, corpora, shared)
+            if every != device and run is not None:
+                same = [*shared, "--batch-tokens", run["batch_tokens"]]
+                steps.run(one, "whole_several", f"{name}: several devices", whole, name, work, every, corpora, same)
+            steps.run(one, "compare", f"{name}: compare", comparing, name, work, checkpoint, device, few, out, sizes)
+    return result | {"seconds": steps.seconds, "failed": steps.failed}
 
 
 def summary(result: Mapping[str, Any]) -> str:
     """The results as Markdown."""
-    machine = result["machine"]
+    machine = result["machine"] or {"gpu": None, "processor": "an unknown machine", "cpus": "?", "versions": {}}
     lines = [
         f"# medner on {machine['gpu'] or machine['processor']}",
         "",
@@ -495,7 +523,7 @@ def _whole(_: str, one: Mapping[str, Any], __: Mapping[str, Any]) -> list[str]:
         near = min({cell["length"] for cell in one["alone"]}, key=lambda length: abs(length - one["whole"]["window"]))
         best = max(cell["medner"] for cell in one["alone"] if cell["length"] == near)
         reached = one["whole"]["tokens_per_second"] / best
-        lines.append(f"That is {reached:.0%} of the model alone at {near} tokens ({GOAL_SHARE:.0%} asked).")
+        lines.append(f"One device reaches {reached:.0%} of the model alone at {near} tokens ({GOAL_SHARE:.0%} asked).")
     if one.get("whole_several"):
         same = one["whole"]["tables"] == one["whole_several"]["tables"]
         lines.append(f"Several devices wrote {'the same bytes' if same else '**other bytes**'}.")
@@ -550,13 +578,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint", action="append", default=[], metavar="MODEL=DIR", help="a fine-tuned one instead of our own"
     )
-    parser.add_argument("--seconds", type=float, default=450, help="after which no step begins")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which no step begins")
     given = parser.parse_args(arguments)
     given.output.mkdir(parents=True, exist_ok=True)
     checkpoints = {name: Path(path) for name, _, path in (each.partition("=") for each in given.checkpoint)}
-    found = measure(given.devices, given.models.split(","), checkpoints, given.output, given.seconds)
-    result = {"benchmark": "gpu", "date": time.strftime("%Y-%m-%d"), **found}
-    (given.output / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = measure(given.devices, given.models.split(","), checkpoints, given.output, given.seconds)
     (given.output / "results.md").write_text(summary(result), encoding="utf-8")
     draw(result, given.output / "alone.png")
     print(summary(result))

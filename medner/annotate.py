@@ -62,8 +62,8 @@ class Options:
     precision: auto, fp32, fp16 or int8. device: auto, cpu, cuda or cuda:N. window: tokens, special ones included; None
     takes the bundle's. threads: inference threads; None takes the CPUs this process may use, on CUDA two. batch_tokens:
     padded tokens of one inference call; None takes :data:`BATCH_TOKENS`, on CUDA what :meth:`Session.probe` finds.
-    min_score: spans below it are left out. reuse: infer equal windows once. text_column: the column that holds the
-    notes.
+    min_score: spans below it are left out. reuse: infer equal windows once, on CUDA once in each stream. text_column:
+    the column that holds the notes.
     """
 
     precision: str = "auto"

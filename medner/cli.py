@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import shell_complete
 
-from medner.errors import MednerError, OutputError
+from medner.errors import MednerError, OutputError, defect
 
 #: Of mallopt(3): blocks of so many bytes and more are mapped, and unmapped as soon as they are free.
 _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**18
@@ -396,7 +396,7 @@ def _exit_code(arguments: list[str] | None) -> int:
     except BrokenPipeError:  # the reader has what it wanted
         return 0
     except BaseException as exc:  # a defect of medner, or a panic of Rust code; the message might hold note text
-        _say(f"internal error: {type(exc).__name__} in {_place(exc)}; MEDNER_DEBUG=1 shows the traceback")
+        _say(defect(exc))
         if os.environ.get("MEDNER_DEBUG"):
             raise
         return 1
@@ -411,15 +411,6 @@ def _say(message: str) -> None:
 def _notes(exc: BaseException) -> list[str]:
     """What the functions that an exception passed through had to add."""
     return getattr(exc, "__notes__", [])
-
-
-def _place(exc: BaseException) -> str:
-    trace = exc.__traceback__
-    place = "?"
-    while trace is not None:
-        place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return place
 
 
 @contextlib.contextmanager

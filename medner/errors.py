@@ -66,3 +66,12 @@ class OutputError(MednerError):
     """The output exists, is locked, or cannot be written."""
 
     exit_code = 6
+
+
+def defect(exc: BaseException) -> str:
+    """A line about an error that nobody foresaw: its type and its place, for its message may hold note text."""
+    place, trace = "?", exc.__traceback__
+    while trace is not None:
+        place = f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"internal error: {type(exc).__name__} in {place}; MEDNER_DEBUG=1 shows the traceback"

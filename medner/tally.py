@@ -19,7 +19,8 @@ _COUNTED = ("spans", "tokens", "unknown", "windows", "chars")
 class Stages:
     """Seconds of work by stage; stages overlap, and those of several processes are summed.
 
-    inferring: with at least one inference call under way, so the device waited for the rest of a run's seconds.
+    inferring: with at least one inference call under way, copies to and from the device included; for the rest of a
+    run's seconds, and perhaps a little more, the device waited.
     writing: making tables of a part's spans and bringing them to the disk.
     """
 

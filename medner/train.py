@@ -129,8 +129,8 @@ class TrainResult:
     """Where the checkpoint lies and how training went; ``best`` is the best epoch.
 
     averaged: scores of the mean of the last epochs' weights, where it was tried; those weights were kept if its F1 is
-    above that of the best epoch. seconds: of the whole call; windows_per_second: of training alone, with the scoring of
-    each epoch.
+    above that of the best epoch. seconds: of the whole call; windows_per_second: of training alone, with each
+    epoch's scoring and saving.
     """
 
     output: Path

@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from time import perf_counter
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ import pyarrow as pa
 
 from medner.annotate import Annotator, Options
 from medner.bundle import Bundle
-from medner.errors import DeviceError, MednerError
+from medner.errors import DeviceError, MednerError, defect
 from medner.runtime import available_cpus
 from medner.sinks import DirectorySink, PartWriter, Sink
 from medner.tally import Tally, timed
@@ -131,17 +132,21 @@ class Crew:
 
         All get the smallest of the budgets that they find, so that a batch has the same shape on each.
         """
+        self._all: list[_Process] = []
         self._idle: list[_Process] = []
         self._busy: dict[Connection, _Process] = {}
         share = max(1, available_cpus() // len(devices))
+        # Started by the first process otherwise, which would then have its signals back.
+        resource_tracker.ensure_running()
         try:
             for device in devices:
-                self._idle.append(_Process(model, replace(options, device=device), share))
-            opened = [process.receive() for process in self._idle]
+                self._all.append(_Process(model, replace(options, device=device), share))
+            opened = [process.receive() for process in self._all]
             self.bundle = opened[0].bundle
             tokens = min(each.facts.batch_tokens for each in opened)
-            for process in self._idle:
+            for process in self._all:
                 process.send(tokens)
+            self._idle = list(self._all)
         except BaseException:
             self.close()
             raise
@@ -180,10 +185,9 @@ class Crew:
 
     def close(self) -> None:
         """End all processes; parts that are not committed are not kept."""
-        processes = [*self._idle, *self._busy.values()]
-        for process in processes:
+        for process in self._all:
             process.stop()
-        for process in processes:
+        for process in self._all:
             process.join()
 
 
@@ -274,7 +278,7 @@ class _Process:
 
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Hold Ctrl-C back until a new process can ignore it: it inherits the mask, and would say where it was stopped."""
+    """Start a process with signals blocked, or else it would say where Ctrl-C stopped it before it can ignore that."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -286,7 +290,7 @@ def _work(connection: Connection, model: str, options: Options, cpus: int) -> No
     """Annotate parts until there are no more. An error is an answer, without a note's text."""
     # Ctrl-C in a terminal is for the process that reads, which then ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, _stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("RAYON_NUM_THREADS", str(cpus))  # tokenizers' threads, started with the first text
@@ -306,10 +310,13 @@ def _work(connection: Connection, model: str, options: Options, cpus: int) -> No
         except BaseException as exc:  # a defect, or a panic of Rust code; the message might hold note text
             if os.environ.get("MEDNER_DEBUG"):
                 traceback.print_exc()
-            frame = traceback.extract_tb(exc.__traceback__)[-1]
-            place = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119 - a name, no path to open
-            said = f"--device {options.device}: internal error: {type(exc).__name__} in {place}"
-            connection.send(MednerError(f"{said}; MEDNER_DEBUG=1 shows the traceback"))
+            connection.send(MednerError(f"--device {options.device}: {defect(exc)}"))
+
+
+def _stop(*_: object) -> None:
+    """End, once: a second exit would leave threads in onnxruntime behind, and a signal may reach this process twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
 
 
 def _end_with_parent() -> None:

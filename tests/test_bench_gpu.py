@@ -95,19 +95,37 @@ def test_operations_of_a_token() -> None:
 
 
 def test_a_step_that_fails() -> None:
-    """It is recorded with its reason, and the next one runs; beyond the time none begins."""
-    steps = gpu.Steps(60)
+    """It is recorded with its reason, and the next one runs; beyond the time none begins. All is saved in between."""
+    found: dict[str, Any] = {}
+    saved: list[dict[str, Any]] = []
+    steps = gpu.Steps(60, lambda: saved.append(dict(found)))
 
     def fails() -> None:
         raise ValueError("no such kernel")
 
-    assert steps.run("one", fails) is None
-    assert steps.run("two", lambda a, b: a + b, 1, 2) == 3
-    assert steps.failed == {"one": "ValueError: no such kernel"}
-    assert set(steps.seconds) == {"one", "two"}
+    assert steps.run(found, "one", "first", fails) is None
+    assert steps.run(found, "two", "second", lambda a, b: a + b, 1, 2) == 3
+    assert saved == [{"one": None}, {"one": None, "two": 3}]
+    assert steps.failed == {"first": "ValueError: no such kernel"}
+    assert set(steps.seconds) == {"first", "second"}
     late = gpu.Steps(-1)
-    assert late.run("three", time.sleep, 60) is None
-    assert late.failed == {"three": "no time left"}
+    assert late.run(found, "three", "third", time.sleep, 60) is None
+    assert late.failed == {"third": "no time left"}
+
+
+def test_a_command_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped, and does not take the rest with it."""
+    monkeypatch.setattr(gpu, "MEDNER", (sys.executable, "-c", "import time; time.sleep(60)"))
+    monkeypatch.setattr(gpu, "COMMAND_SECONDS", 0.2)
+    steps = gpu.Steps(60)
+    assert steps.run({}, "one", "first", gpu.command, "train") is None
+    assert steps.failed["first"].startswith("TimeoutExpired")
+
+
+def test_one_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch would train on all, with batches larger than asked for."""
+    monkeypatch.setattr(gpu, "MEDNER", (sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"))
+    assert gpu.command("train", device="cuda:3") == "3\n"
 
 
 def test_failures_and_goals_are_told() -> None:
@@ -132,6 +150,6 @@ def test_failures_and_goals_are_told() -> None:
     assert "2.00x" in told
     assert "The best is 40,000 tokens/s (2,200,000 asked of an H200)." in told
     assert "the device waited 25% of the time" in told
-    assert "That is 50% of the model alone at 16 tokens (80% asked)." in told
+    assert "One device reaches 50% of the model alone at 16 tokens (80% asked)." in told
     assert "Several devices wrote **other bytes**." in told
     assert "- **base: compare: failed**: RuntimeError: none" in told

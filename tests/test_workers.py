@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -323,6 +324,34 @@ def test_an_error_in_a_process(
     with pytest.raises(MednerError, match=f"^{said}$"):
         raise answer
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_is_stopped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may get the signal from a scheduler and from the process that reads; the second does not cut its end short."""
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    with pytest.raises(SystemExit) as ended:
+        workers._stop(signal.SIGTERM, None)
+    assert ended.value.code == 0
+    assert handlers == {signal.SIGTERM: signal.SIG_IGN}
+
+
+def test_signals_wait_for_each_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is started with Ctrl-C blocked, the first one too, before which Python starts a process of its own."""
+    masks: list[set[int]] = []
+    start = multiprocessing.get_context("spawn").Process.start
+
+    def noted(process: Any) -> None:
+        masks.append({int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])})
+        start(process)
+        masks.append({int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])})
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", noted)
+    options = Options(batch_tokens=64, threads=1)
+    with contextlib.closing(workers.Crew(str(testing.bundle()), options, ["cpu"])) as crew:
+        assert crew.facts.batch_tokens == 64
+    assert len(masks) == 2
+    assert all({signal.SIGINT, signal.SIGTERM} <= mask for mask in masks)
 
 
 def test_errors_travel() -> None:
