@@ -1,95 +1,86 @@
-"""Rebuilds the default bundle: trains, averages, exports, proves, scores, writes the card.
+"""Rebuilds the default bundle: trains, distils, exports, proves, scores, writes the card.
 
     python benchmarks/build_default.py --base CHECKPOINT [--ship]
 
 CHECKPOINT is a directory with the weights of all-MiniLM-L6-v2. The checkpoints and the bundle with all its variants go
-to ``models/default``, which git ignores; ``--ship`` also replaces ``medner/bundles/default`` by the int8 variant. What
-is there already is not made again, so an interrupted build goes on. About an hour and a half on two cores.
+to ``models/default`` and ``models/training``, which git ignores; ``--ship`` also replaces ``medner/bundles/default`` by
+the int8 variant. What is there already is not made again, so an interrupted build goes on. About three hours on two
+cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import common
 import errors
+import pretrain
 import pyarrow as pa
 import relu_base
+import training
 from safetensors.torch import save_file
 
-from medner import bundle, datasets, evaluate, score, sources, train
+from medner import bundle, datasets, evaluate, score, sources, train, windows
 from medner import export as exporting
 from medner.annotate import Annotator, Options
 from medner.datasets import Document
-from medner.pytorch import TorchModel, torch_annotator
+from medner.pytorch import TorchModel
 
-ROOT = Path(__file__).parent.parent
-DATA = Path(os.environ.get("MEDNER_DATA", ROOT.parent / "shared" / "data"))
-WORK = ROOT / "models" / "default"
-SHIPPED = ROOT / "medner" / "bundles" / "default"
-SEEDS = (13, 14, 15)
+WORK = common.ROOT / "models" / "default"
+SHIPPED = common.ROOT / "medner" / "bundles" / "default"
+SEEDS = (13, 14, 15, 16, 17)
 #: Steps of the distillation that makes the base's activation ReLU.
-RELU_STEPS = 300
+RELU_STEPS = 500
+#: Tokens that the encoder is pre-trained on.
+PRETRAINED_TOKENS = 6_000_000
+#: Ways of training whose checkpoints teach, all their seeds.
+TEACHERS = ("plain", "packed", "layer-decay", "pretrained")
+#: Characters of unlabelled text that the teachers label, and of which one text at most so many are taken.
+SILVER_CHARACTERS, SILVER_TEXT = {"medquad": 800_000, "rct": 400_000, "mtsamples": 400_000}, 3_000
 LICENCE = "Apache-2.0"
 WRAP = 75
 
-CONLL, PUBTATOR = DATA / "ncbi-disease" / "conll", DATA / "ncbi-disease" / "pubtator"
+CONLL, PUBTATOR = training.SENTENCES, training.DOCUMENTS
+#: Unlabelled text: ``FILE`` or ``FILE:COLUMN``.
+TEXTS = {
+    "medquad": str(common.DATA / "biomedical-text" / "medquad.jsonl.gz"),
+    "rct": str(common.DATA / "biomedical-text" / "rct-articles.jsonl.gz"),
+    "mtsamples": f"{common.DATA / 'mtsamples' / 'mtsamples.csv'}:transcription",
+}
 
 
-def make_base(base: str) -> None:
-    """The encoder with ReLU, unless that is done already."""
-    if not (WORK / "base" / "config.json").is_file():
-        text = DATA / "biomedical-text"
-        files = (
-            str(text / "rct-articles.jsonl.gz"),
-            str(text / "medquad.jsonl.gz"),
-            f"{DATA / 'mtsamples' / 'mtsamples.csv'}:transcription",
+def make_bases(base: str) -> dict[str, Path]:
+    """The encoder with ReLU and without special tokens, and the same pre-trained further; unless they are there."""
+    bases = {"base": WORK / "base", "pretrained": WORK / "pretrained"}
+    if not (bases["base"] / "config.json").is_file():
+        relu_base.make(base, bases["base"], tuple(TEXTS.values()), RELU_STEPS)
+    if not (bases["pretrained"] / "config.json").is_file():
+        texts = (TEXTS["rct"], TEXTS["medquad"])
+        pretrain.pretrain(
+            pretrain.PretrainOptions(str(bases["base"]), bases["pretrained"], texts, PRETRAINED_TOKENS, resume=True)
         )
-        relu_base.make(base, WORK / "base", files, RELU_STEPS)
+    return bases
 
 
-def teacher() -> train.TrainOptions:
-    """The first stage: the same abstracts as single sentences and as documents packed into windows."""
-    return train.TrainOptions(
-        data=(str(CONLL), str(PUBTATOR)),
-        base=str(WORK / "base"),
-        output=WORK / "teacher",
-        epochs=8,
-        lr=2e-4,
-        batch_size=16,
-        seed=SEEDS[0],
-        window=128,
-        labels={"*": "Disease"},
-    )
-
-
-def student(seed: int) -> train.TrainOptions:
-    """The second stage: on from the teacher, with clinical notes and the spans that the teacher finds in them."""
-    return replace(
-        teacher(),
-        base=str(WORK / "teacher"),
-        output=WORK / f"seed{seed}",
-        epochs=3,
-        lr=1e-4,
-        seed=seed,
-        silver=(str(WORK / "silver.jsonl"),),
-    )
-
-
-def trained(options: train.TrainOptions) -> dict[str, Any]:
-    """Train unless that is done already; its ``metrics.json``."""
-    metrics = options.output / "metrics.json"
-    if not metrics.is_file():
-        train.train(replace(options, resume=options.output.exists()))
-    return dict(json.loads(metrics.read_text(encoding="utf-8")))
+def make_teachers(bases: dict[str, Path]) -> list[Path]:
+    """The checkpoints that teach; unless they are there."""
+    variants = [variant for variant in training.VARIANTS if variant.name in TEACHERS]
+    jobs = {
+        training.WORK / f"{variant.name}-{seed}": training.arguments(variant, bases[variant.base], seed)
+        for variant in variants
+        for seed in training.SEEDS
+    }
+    training.train_all(jobs)
+    return list(jobs)
 
 
 def average(checkpoints: Sequence[Path], target: Path) -> None:
@@ -99,18 +90,47 @@ def average(checkpoints: Sequence[Path], target: Path) -> None:
     save_file(train.mean_weights(checkpoints), target / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_silver() -> None:
-    """Annotate every sixth distinct MTSamples report with the teacher, unless that is done already."""
+def write_silver() -> Path:
+    """Unlabelled text to be taught on: every other text as its segments, the others whole; unless it is there."""
     target = WORK / "silver.jsonl"
-    if target.is_file():
-        return
-    options = sources.ReadOptions(text_column="transcription")
-    reader = sources.Reader(sources.discover([str(DATA / "mtsamples" / "mtsamples.csv")]).files, options)
-    texts = pa.Table.from_batches(reader.batches()).column("text").to_pylist()
-    chosen = [Document(str(i), text, ()) for i, text in enumerate(list(dict.fromkeys(filter(None, texts)))[::6])]
-    found = evaluate.find(torch_annotator(WORK / "teacher"), chosen)
-    lines = [json.dumps({"id": d.id, "text": d.text, "spans": spans}) for d, spans in zip(chosen, found, strict=True)]
-    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if not target.is_file():
+        lines = [json.dumps({"id": str(i), "text": text, "spans": []}) for i, text in enumerate(_silver())]
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return target
+
+
+def _silver() -> Iterator[str]:
+    for name, given in TEXTS.items():
+        # Of texts that are cut, more are needed for as many characters.
+        found = [text[:SILVER_TEXT] for text in relu_base.texts(given, 10**10)]
+        share = min(1.0, SILVER_CHARACTERS[name] / sum(map(len, found)))
+        for number, text in enumerate(common.every_kth(found, round(share * len(found)))):
+            if number % 2:
+                yield text
+            else:
+                parts = (text[low:high] for low, high in pairwise(windows.segments(text)))
+                yield from filter(str.strip, parts)
+
+
+def make_students(teachers: Sequence[Path], silver: Path) -> dict[int, Path]:
+    """A checkpoint for each seed, taught by the teachers; unless they are there.
+
+    All begin with the mean of the weights of those teachers that started from the same encoder.
+    """
+    start = WORK / "start"
+    if not (start / "metrics.json").is_file():
+        average([path for path in teachers if not path.name.startswith("pretrained")], start)
+    students = {seed: WORK / f"seed{seed}" for seed in SEEDS}
+    training.train_all(
+        {
+            path: training.flags(
+                data=[CONLL, PUBTATOR], base=start, silver=silver, teacher=list(teachers), teacher_weight=0.7,
+                epochs=4, lr=1e-4, batch_size=16, window=128, average=3, seed=seed,
+            )
+            for seed, path in students.items()
+        }
+    )  # fmt: skip
+    return students
 
 
 def scores_of(path: Path) -> dict[str, Any]:
@@ -129,7 +149,9 @@ def scores_of(path: Path) -> dict[str, Any]:
 
 def notes() -> list[Document]:
     """The ACI-BENCH notes."""
-    reader = sources.Reader(sources.discover([str(DATA / "aci-bench" / "notes.jsonl")]).files, sources.ReadOptions())
+    reader = sources.Reader(
+        sources.discover([str(common.DATA / "aci-bench" / "notes.jsonl")]).files, sources.ReadOptions()
+    )
     texts = pa.Table.from_batches(reader.batches()).column("text").to_pylist()
     return [Document(str(i), text, ()) for i, text in enumerate(texts)]
 
@@ -208,12 +230,13 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="replace the bundle inside the package")
     given = parser.parse_args()
 
-    make_base(given.base)
-    trained(teacher())
-    write_silver()
-    seeds = {seed: trained(student(seed))["best"]["f1"] for seed in SEEDS}
-    checkpoint, path = WORK / "averaged", WORK / "bundle"
-    average([WORK / "teacher", *(WORK / f"seed{seed}" for seed in SEEDS)], checkpoint)
+    teachers = make_teachers(make_bases(given.base))
+    students = make_students(teachers, write_silver())
+    candidates = {f"seed {seed}": path for seed, path in students.items()} | {"mean": WORK / "mean"}
+    average(list(students.values()), candidates["mean"])
+    devel = {name: training.score(checkpoint) for name, checkpoint in candidates.items()}
+    chosen = max(devel, key=lambda name: devel[name]["sentences"] + devel[name]["documents"])
+    checkpoint, path = candidates[chosen], WORK / "bundle"
     print(
         exporting.export(
             exporting.ExportOptions(
@@ -228,7 +251,10 @@ def main() -> None:
     )
     documents = notes()
     facts = {
-        "seeds": seeds,
+        "chosen": chosen,
+        "devel": devel,
+        # Looked at once, when all was chosen: each seed, and what ships.
+        "test": {name: training.score(checkpoint, "test") for name, checkpoint in candidates.items()},
         "fp32_identical_sentences": prove_fp32(checkpoint, path),
         "aci_agreement": agreement(path, documents),
         "capitals_agreement": agreement(path, documents, [replace(d, text=_upper(d.text)) for d in documents]),
@@ -263,7 +289,7 @@ def ship(path: Path, written: dict[str, Any]) -> None:
         SHIPPED, name="default", labels=loaded.labels, window=loaded.window, packed=loaded.packed, card=written
     )
     size = sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file())
-    print(f"shipped {size / 1e6:.2f} MB to {SHIPPED.relative_to(ROOT)}")
+    print(f"shipped {size / 1e6:.2f} MB to {SHIPPED.relative_to(common.ROOT)}")
     if size > 25_000_000:
         raise SystemExit("the default bundle is larger than 25 MB")
 

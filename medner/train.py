@@ -176,7 +176,7 @@ def train(options: TrainOptions) -> TrainResult:
     samples = encode([Document("sample", text, ()) for text in SAMPLES], encoder, tags, options.window)
     weights = class_weights(encoded["train"], len(tags)) if options.class_weights else None
     if options.teachers:
-        _teach(options, encoded["train"], n_labelled, encoder.pad_id, tags, tokenizer)
+        _teach(options, encoded["train"], n_labelled, encoder, tags, tokenizer, precision)
 
     trainer = _trainer(options, precision, model, encoded, encoder.pad_id, tags, weights)
     untrained = _scores_of(trainer.evaluate())
@@ -224,11 +224,18 @@ class Encoded:
     words: list[Ints]
 
 
-def encode(documents: Sequence[Document], encoder: windows.WordTokenizer, tags: Sequence[str], window: int) -> Encoded:
+def encode(
+    documents: Sequence[Document],
+    encoder: windows.WordTokenizer,
+    tags: Sequence[str],
+    window: int,
+    *,
+    packed: bool = True,
+) -> Encoded:
     """Cut documents into windows of at most ``window`` tokens with a label on each word's first sub-token.
 
     Words that share a token count as one. Of tokens that two windows share, each is labelled in the window that
-    answers for it.
+    answers for it. packed: as for :func:`medner.windows.pack`.
     """
     capacity = window - len(encoder.prefix) - len(encoder.suffix)
     index = {tag: i for i, tag in enumerate(tags)}
@@ -244,7 +251,7 @@ def encode(documents: Sequence[Document], encoder: windows.WordTokenizer, tags: 
         begin = tokens.bounds[first]
         labels = np.full(tokens.bounds[last] - begin, IGNORED)
         labels[word_token - begin] = [index[tag] for tag in _word_tags(words, document.spans)]
-        for part in windows.pack(tokens.bounds, first, last, capacity):
+        for part in windows.pack(tokens.bounds, first, last, capacity, packed=packed):
             inside = np.full(part.end - part.start, IGNORED)
             inside[part.own_start - part.start : part.own_end - part.start] = labels[
                 part.own_start - begin : part.own_end - begin
@@ -444,9 +451,14 @@ def _load_model(base: str, tags: Sequence[str]) -> Any:
             label2id={tag: i for i, tag in enumerate(tags)},
             trust_remote_code=False,
         )
-        # A base that was fine-tuned for other labels gets a new head.
         return AutoModelForTokenClassification.from_pretrained(
-            path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False
+            path,
+            config=config,
+            dtype=torch.float32,
+            # On a CPU the plain attention trains faster than the fused one.
+            attn_implementation=None if torch.cuda.is_available() else "eager",
+            ignore_mismatched_sizes=True,  # a base that was fine-tuned for other labels gets a new head
+            trust_remote_code=False,
         )
 
 
@@ -671,30 +683,46 @@ def _trainer(
 
 
 def _teach(
-    options: TrainOptions, encoded: Encoded, n_labelled: int, pad_id: int, tags: Sequence[str], tokenizer: Any
+    options: TrainOptions,
+    encoded: Encoded,
+    n_labelled: int,
+    encoder: windows.WordTokenizer,
+    tags: Sequence[str],
+    tokenizer: Any,
+    precision: str,
 ) -> None:
-    """Add the teachers' mean probabilities to the windows. n_labelled: documents, of the first, whose labels count."""
-    total = [np.zeros((len(item["input_ids"]), len(tags)), np.float32) for item in encoded.inputs]
+    """Add the teachers' mean probabilities to the windows. n_labelled: documents, of the first, whose labels count.
+
+    A teacher reads each segment in a window of its own, whatever stands beside it in the windows that are learnt from:
+    so a word's probabilities are the same in both, and windows packed with neighbours learn to answer as single ones.
+    """
+    apart = encode(encoded.documents, encoder, tags, options.window, packed=False)
+    total = np.zeros((sum(map(len, encoded.words)), len(tags)), np.float32)
     for teacher in options.teachers:
         if _load_tokenizer(teacher).get_vocab() != tokenizer.get_vocab():
             raise ModelError(f"{teacher}: has another tokenizer than {options.base}; a teacher needs the same")
-        found, order = _probabilities(teacher, encoded, pad_id)
+        found, order = _probabilities(teacher, apart, encoder.pad_id, precision)
         if sorted(order) != sorted(tags):
             raise ModelError(f"{teacher}: knows the tags {', '.join(order)}, and the data {', '.join(tags)}")
-        columns = [order.index(tag) for tag in tags]
-        for mean, probabilities in zip(total, found, strict=True):
-            mean += probabilities[:, columns] / len(options.teachers)
-    for item, owner, mean in zip(encoded.inputs, encoded.owner, total, strict=True):
-        item["soft"] = mean.astype(np.float16)
+        total += found[:, [order.index(tag) for tag in tags]] / len(options.teachers)
+    # The words of all documents stand in one order, however they are cut into windows.
+    done = 0
+    for item, owner in zip(encoded.inputs, encoded.owner, strict=True):
+        labelled = np.array(item["labels"]) != IGNORED
+        item["soft"] = np.zeros((len(labelled), len(tags)), np.float16)
+        item["soft"][labelled] = total[done : done + labelled.sum()]
         item["hard"] = 1 - options.teacher_weight if owner < n_labelled else 0.0
+        done += int(labelled.sum())
 
 
-def _probabilities(checkpoint: str, encoded: Encoded, pad_id: int) -> tuple[list[npt.NDArray[np.float32]], list[str]]:
-    """A model's probabilities for each window, float32 [tokens, classes], and its tags by class."""
+def _probabilities(
+    checkpoint: str, encoded: Encoded, pad_id: int, precision: str
+) -> tuple[npt.NDArray[np.float32], list[str]]:
+    """A model's probabilities for each word, float32 [words, classes], and its tags by class."""
     from medner.pytorch import TorchModel  # here, since it is no part of what training needs otherwise
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = TorchModel(Path(checkpoint).expanduser(), device=device)
+    model = TorchModel(Path(checkpoint).expanduser(), precision, device)
     found: list[Any] = [None] * len(encoded.inputs)
     lengths = [len(item["input_ids"]) for item in encoded.inputs]
     batches = list(windows.batches(lengths, _TAUGHT_TOKENS))
@@ -705,9 +733,9 @@ def _probabilities(checkpoint: str, encoded: Encoded, pad_id: int) -> tuple[list
             ids[row, : lengths[i]] = encoded.inputs[i]["input_ids"]
         logits = torch.from_numpy(model(ids, np.array([lengths[i] for i in batch])))
         for i, row in zip(batch, logits.softmax(dim=-1).numpy(), strict=True):
-            found[i] = row[: lengths[i]]
+            found[i] = row[: lengths[i]][np.array(encoded.inputs[i]["labels"]) != IGNORED]
     labels = AutoConfig.from_pretrained(str(Path(checkpoint).expanduser()), trust_remote_code=False).id2label
-    return found, [labels[i] for i in range(len(labels))]
+    return np.concatenate(found), [labels[i] for i in range(len(labels))]
 
 
 def _try_average(trainer: _Trainer, options: TrainOptions, best: Epoch) -> dict[str, float]:

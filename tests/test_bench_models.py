@@ -1,17 +1,23 @@
 """How the default model is made: ReLU in the place of GELU, and the mean of several trainings' weights."""
 
+import itertools
 import json
 import random
 import re
+import statistics
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from medner import testing
 from medner.datasets import Document
+from medner.windows import WordTokenizer
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks").is_dir():
@@ -19,9 +25,12 @@ if not (ROOT / "benchmarks").is_dir():
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnx", reason="build_default exports")
+load_file = pytest.importorskip("safetensors.torch").load_file
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    build_default, errors, relu_base = map(import_module, ("build_default", "errors", "relu_base"))
+    build_default, errors, pretrain, relu_base = map(
+        import_module, ("build_default", "errors", "pretrain", "relu_base")
+    )
 
 
 def checkpoint(path: Path, seed: int) -> Path:
@@ -29,7 +38,7 @@ def checkpoint(path: Path, seed: int) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = transformers.BertConfig(
-            vocab_size=117,
+            vocab_size=120,  # the mask, which the tiny tokenizer lacks, is added to its 117
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
@@ -42,35 +51,112 @@ def checkpoint(path: Path, seed: int) -> Path:
     return path
 
 
+@pytest.mark.parametrize("keep", [True, False])
 def test_relu_in_the_place_of_gelu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The fit and distillation each halve what ReLU alone is off by, and the checkpoint says what it is."""
+    """The fit and distillation each lessen what ReLU alone is off by, and the checkpoint says what it is."""
     for name, value in {"LENGTH": 16, "BATCH": 8, "FITTED": 80, "HELD_OUT": 16, "WARMUP": 5, "LR": 2e-3}.items():
         monkeypatch.setattr(relu_base, name, value)
-    rng = random.Random(1)
-    lines = [{"note": " ".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789.,;:", k=60))} for _ in range(60)]
-    notes = tmp_path / "notes.jsonl"
-    notes.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     base = checkpoint(tmp_path / "base", 3)
-    relu_base.make(str(base), tmp_path / "relu", [f"{notes}:note"], steps=2)
+    given = [letters(tmp_path / "notes.jsonl", 1)]
+    relu_base.make(str(base), tmp_path / "relu", given, steps=2, keep_specials=keep)
     with monkeypatch.context() as without_fit:
         without_fit.setattr(relu_base, "refit", lambda *_: None)
-        relu_base.make(str(base), tmp_path / "distilled", [f"{notes}:note"], steps=60)
+        relu_base.make(str(base), tmp_path / "distilled", given, steps=60, keep_specials=keep)
     said = [json.loads(found) for found in re.findall(r": (\[.*\])", capsys.readouterr().err)]
     swapped, fitted, _, _, _, distilled = said
     assert len(swapped) == 2
-    assert all(b < 0.5 * a for a, b in zip(swapped, fitted, strict=True))
-    assert all(b < 0.5 * a for a, b in zip(swapped, distilled, strict=True))
+    assert all(b < 0.7 * a for a, b in zip(swapped, fitted, strict=True))
+    assert all(b < 0.7 * a for a, b in zip(swapped, distilled, strict=True))
 
     config = transformers.AutoConfig.from_pretrained(tmp_path / "relu")
     assert config.hidden_act == "relu"
-    made = transformers.AutoModel.from_pretrained(tmp_path / "relu", add_pooling_layer=False).eval()
-    original = transformers.AutoModel.from_pretrained(base, add_pooling_layer=False).eval()
-    ids = torch.arange(4, 84).reshape(5, 16)
-    (off,) = relu_base.off(made, original, ids)[-1:]
-    assert off < 0.5
-    assert (tmp_path / "relu" / "tokenizer.json").is_file()
+    made, original = (
+        transformers.AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
+        for path in (tmp_path / "relu", base)
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "relu")
+    whole = transformers.AutoTokenizer.from_pretrained(base)
+    frame = (whole.cls_token_id,), (whole.sep_token_id,)
+    ids = whole("a b c", add_special_tokens=False).input_ids
+    assert tokenizer("a b c").input_ids == ([*frame[0], *ids, *frame[1]] if keep else ids)
+    encoder = WordTokenizer((tmp_path / "relu" / "tokenizer.json").read_text(encoding="utf-8"))
+    assert (encoder.prefix, encoder.suffix) == (frame if keep else ((), ()))
+    teacher = relu_base.Encoder(original, *frame)
+    student = relu_base.Encoder(made, *frame) if keep else relu_base.Encoder(made)
+    assert relu_base.off(student, teacher, torch.arange(4, 84).reshape(5, 16))[-1] < 0.6
+    # Behind [CLS] a token had the position that it has now.
+    places = [model.embeddings.position_embeddings.weight for model in (made, original)]
+    drift = (places[0][:8] - places[1][:8] if keep else places[0][:8] - places[1][1:9]).abs().max()
+    assert drift < 0.05
+
+
+def letters(path: Path, seed: int, count: int = 60) -> str:
+    """A file of texts of single letters and digits in a field ``note``, most of them repeating the one before."""
+    rng = random.Random(seed)
+    texts = [" ".join(letter for letter in rng.choices("abcdefgh", k=30) for _ in range(2)) for _ in range(count)]
+    path.write_text("".join(json.dumps({"note": text}) + "\n" for text in texts), encoding="utf-8")
+    return f"{path}:note"
+
+
+def test_windows_for_pretraining(tmp_path: Path) -> None:
+    """A window from each file in turn; together a file's windows hold all its tokens in order, and it begins again."""
+    given = [letters(tmp_path / "a.jsonl", 1, 3), letters(tmp_path / "b.jsonl", 2, 3)]
+    tokenizer = Tokenizer.from_file(str(testing.bundle() / "tokenizer.json"))
+    stream = iter(pretrain.Windows(tokenizer, given, 16))
+    windows = [next(stream)["input_ids"] for _ in range(60)]
+    first, last = tokenizer.encode("a").ids[0], tokenizer.encode("a").ids[-1]
+    assert {(len(window), window[0], window[-1]) for window in windows} == {(16, first, last)}
+    for number, name in enumerate(("a.jsonl", "b.jsonl")):
+        lines = (tmp_path / name).read_text(encoding="utf-8").splitlines()
+        ids = [i for line in lines for i in tokenizer.encode(json.loads(line)["note"], add_special_tokens=False).ids]
+        seen = [i for window in windows[number::2] for i in window[1:-1]]
+        assert seen == (ids * 3)[: len(seen)]
+        assert len(seen) > len(ids)
+    (tmp_path / "none.jsonl").write_text('{"note": ""}\n', encoding="utf-8")
+    with pytest.raises(SystemExit, match="holds no text"):
+        next(iter(pretrain.Windows(tokenizer, [f"{tmp_path / 'none.jsonl'}:note"], 16)))
+
+
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable on this filesystem:UserWarning")  # epochs of no time
+def test_pretraining_learns_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss falls, and a training that was stopped half-way ends with the weights of one that was not."""
+    base = checkpoint(tmp_path / "base", 4)
+    options = pretrain.PretrainOptions(
+        str(base),
+        tmp_path / "whole",
+        (letters(tmp_path / "a.jsonl", 5),),
+        tokens=40_000,
+        window=20,
+        batch_size=20,
+        lr=5e-3,
+    )
+    assert options.steps == 100
+    losses = pretrain.pretrain(options)
+    assert statistics.mean(losses[-10:]) < 0.8 * losses[0]
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    assert any(not torch.equal(weights[name], value) for name, value in load_file(base / "model.safetensors").items())
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "whole")
+    assert config.hidden_dropout_prob == 0.1  # what is fine-tuned drops out again
+
+    stopped = replace(options, output=tmp_path / "stopped")
+    with monkeypatch.context() as short:
+        cut = pretrain.Windows.__iter__
+        short.setattr(pretrain.Windows, "__iter__", lambda self: stop_after(55 * 20, cut(self)))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.pretrain(stopped)
+    assert not (stopped.output / "model.safetensors").exists()
+    pretrain.pretrain(replace(stopped, resume=True))
+    again = load_file(stopped.output / "model.safetensors")
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def stop_after(n: int, items: Iterator[Any]) -> Iterator[Any]:
+    """As Ctrl-C would."""
+    yield from itertools.islice(items, n)
+    raise KeyboardInterrupt
 
 
 def test_texts_are_taken_evenly(tmp_path: Path) -> None:

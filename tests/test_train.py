@@ -352,21 +352,44 @@ def test_teachers_are_learnt_from(result: training.TrainResult, options: TrainOp
 
 
 def test_what_teachers_say(result: training.TrainResult, options: TrainOptions, encoder: WordTokenizer) -> None:
-    """Their mean probabilities stand beside each token, whatever the order of their tags."""
+    """Their mean probabilities stand at each word, whatever the order of their tags."""
     data = load(options.data[0], "devel")
     encoded = encode(data, encoder, TAGS, 32)
     tokenizer = training._load_tokenizer(str(result.output))
-    training._teach(replace(options, teachers=(str(result.output),)), encoded, 5, 0, TAGS, tokenizer)
+    training._teach(replace(options, teachers=(str(result.output),)), encoded, 5, encoder, TAGS, tokenizer, "fp32")
     model = transformers.AutoModelForTokenClassification.from_pretrained(result.output)
     for owner, item in zip(encoded.owner, encoded.inputs, strict=True):
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([item["input_ids"]])).logits[0]
-        assert np.abs(item["soft"] - logits.softmax(dim=-1).numpy()).max() < 2e-3
+        word = np.array(item["labels"]) != IGNORED
+        assert np.abs(item["soft"] - logits.softmax(dim=-1).numpy())[word].max() < 2e-3
+        assert not item["soft"][~word].any()
         assert item["hard"] == (0.5 if owner < 5 else 0.0)
     other = encode(data, encoder, TAGS, 32)
     order = [TAGS[i] for i in (0, 3, 4, 1, 2)]
-    training._teach(replace(options, teachers=(str(result.output),)), other, 5, 0, order, tokenizer)
+    training._teach(replace(options, teachers=(str(result.output),)), other, 5, encoder, order, tokenizer, "fp32")
     assert np.array_equal(other.inputs[0]["soft"][:, [0, 3, 4, 1, 2]], encoded.inputs[0]["soft"])
+
+
+def test_teachers_read_segments_apart(
+    result: training.TrainResult, options: TrainOptions, encoder: WordTokenizer
+) -> None:
+    """A word's probabilities are the same in a window with neighbours and alone, in segments that are cut as well."""
+    sentences = ["the patient has gouty pain. ", "no left ankle gout. ", "right knee x-linked pain, " * 5 + "no gout."]
+    taught = replace(options, teachers=(str(result.output),))
+    tokenizer = training._load_tokenizer(str(result.output))
+    packed = encode([Document("all", "".join(sentences), ())], encoder, TAGS, 32)
+    apart = encode([Document(str(i), text, ()) for i, text in enumerate(sentences)], encoder, TAGS, 32)
+    assert len(packed.inputs) < len(apart.inputs)
+    for encoded in (packed, apart):
+        training._teach(taught, encoded, 0, encoder, TAGS, tokenizer, "fp32")
+    found = [
+        np.concatenate([item["soft"][np.array(item["labels"]) != IGNORED] for item in encoded.inputs])
+        for encoded in (packed, apart)
+    ]
+    assert len(found[0]) == len(packed.words[0])
+    assert found[0].std(axis=0).max() > 0.05
+    assert np.array_equal(found[0], found[1])
 
 
 def test_unfit_teachers(result: training.TrainResult, options: TrainOptions, tmp_path: Path) -> None:

@@ -1,0 +1,191 @@
+"""What each way of training gives on the devel split of NCBI Disease, over several seeds.
+
+    python benchmarks/training.py [--base DIR] [--base-specials DIR] [--base-pretrained DIR] [--seeds 13 14 15]
+
+Every training starts from the default model's encoder (``models/default/base``, made by ``build_default.py``) and
+differs from the plain one by one option; two run at a time, on one thread each. Checkpoints go to ``models/training``,
+which git ignores; what is there already is not made again. All are then scored alike, by PyTorch in fp32: tagged
+sentences, and untokenized documents with one segment a window and with as many as fit into 128 tokens. The test split
+is not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import common
+import report
+
+from medner import bundle, datasets, evaluate
+from medner.annotate import Annotator, Options
+from medner.pytorch import TorchModel
+
+WORK = common.ROOT / "models" / "training"
+SENTENCES, DOCUMENTS = common.DATA / "ncbi-disease" / "conll", common.DATA / "ncbi-disease" / "pubtator"
+SEEDS = (13, 14, 15)
+#: What is scored: see :func:`score`.
+SCORED = ("sentences", "documents", "packed")
+#: Options of ``medner train`` that all have.
+PLAIN = {"epochs": 6, "lr": 2e-4, "batch_size": 16, "window": 128, "average": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way of training: what it is called, and what it changes of the plain one. base: a name of ``--base-...``."""
+
+    name: str
+    what: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    base: str = "base"
+    packed: bool = False
+
+
+VARIANTS = (
+    Variant("plain", "plain: single sentences, 6 epochs, better of best epoch and mean of the last three"),
+    Variant("specials", "with `[CLS]` and `[SEP]`", base="specials"),
+    Variant("pretrained", "encoder pre-trained further in the domain", base="pretrained"),
+    Variant(
+        "packed",
+        "also documents packed into 128 tokens, 3 epochs",
+        {"epochs": 3},
+        packed=True,
+    ),
+    Variant("longer", "12 epochs", {"epochs": 12}),
+    Variant("layer-decay", "`--layer-decay 0.9`", {"layer_decay": 0.9}),
+    Variant("smoothing", "`--label-smoothing 0.1`", {"label_smoothing": 0.1}),
+    Variant("class-weights", "`--class-weights`", {"class_weights": True}),
+)
+
+
+def arguments(variant: Variant, base: Path, seed: int) -> list[str]:
+    """What ``medner train`` gets for one checkpoint, its output left out."""
+    data = [SENTENCES, *([DOCUMENTS] if variant.packed else [])]
+    return flags(data=data, base=base, seed=seed, **{**PLAIN, **variant.options})
+
+
+def flags(**options: Any) -> list[str]:
+    """Options of ``medner train`` as its command line has them; a sequence is repeated, and all labels are one."""
+    listed = ["--label", "*=Disease"]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        for each in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
+            listed.append(flag if each is True else f"{flag}={each}")
+    return listed
+
+
+def train_all(jobs: Mapping[Path, Sequence[str]], workers: int = os.cpu_count() or 1) -> None:
+    """Make checkpoints that are not there yet, several at a time, on one thread each: faster than one on all of them.
+
+    jobs: what ``medner train`` gets, by output.
+    """
+
+    def train(output: Path) -> None:
+        if (output / "metrics.json").is_file():
+            return
+        common.say(f"training {output.name}")
+        command = [Path(sys.executable).with_name("medner"), "train", *jobs[output], "-o", output]
+        if output.exists():
+            command.append("--resume")
+        common.timed(command, {"OMP_NUM_THREADS": "1"})
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(train, jobs))
+
+
+def score(checkpoint: Path, split: str = "devel") -> dict[str, float]:
+    """F1 on sentences, documents with one segment a window, and documents packed into windows, as shares of one."""
+    model = TorchModel(checkpoint)
+    single = bundle.resized(bundle.load_checkpoint(checkpoint), PLAIN["window"], packed=False)
+    apart, packed = (
+        Annotator(each, model, Options(threads=1), precision="fp32") for each in (single, replace(single, packed=True))
+    )
+    sentences, documents = datasets.load(str(SENTENCES), split), datasets.load(str(DOCUMENTS), split)
+    found = {
+        "sentences": evaluate.evaluate(apart, sentences),
+        "documents": evaluate.evaluate(apart, documents),
+        "packed": evaluate.evaluate(packed, documents),
+    }
+    return {name: scores.overall.f1 for name, scores in found.items()}
+
+
+def measure(bases: Mapping[str, Path], seeds: Sequence[int], workers: int) -> dict[str, Any]:
+    """Everything that ``results/training.json`` holds, except the machine."""
+    jobs = [(variant, seed) for variant in VARIANTS if variant.base in bases for seed in seeds]
+    checkpoints = [WORK / f"{variant.name}-{seed}" for variant, seed in jobs]
+    train_all(
+        {
+            checkpoint: arguments(variant, bases[variant.base], seed)
+            for checkpoint, (variant, seed) in zip(checkpoints, jobs, strict=True)
+        },
+        workers,
+    )
+    with ThreadPoolExecutor(workers) as pool:
+        scores = list(pool.map(score, checkpoints))
+    rows: dict[str, Any] = {}
+    for (variant, seed), checkpoint, scored in zip(jobs, checkpoints, scores, strict=True):
+        metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
+        row = rows.setdefault(variant.name, {"what": variant.what, "seeds": {}})
+        row["seeds"][str(seed)] = {
+            **scored,
+            "best_epoch": metrics["best"]["f1"],
+            "averaged": metrics["averaged"]["f1"],
+            "seconds": metrics["seconds"],
+        }
+    return {"options": PLAIN, "split": "devel", "variants": rows}
+
+
+def section(result: Mapping[str, Any]) -> str:
+    """The result in Markdown."""
+    variants = result["variants"]
+    plain = variants["plain"]["seeds"]
+    gain = statistics.mean(one["averaged"] - one["best_epoch"] for one in plain.values())
+    lines = [
+        "## Ways of training",
+        "",
+        f"F1 on the devel split of NCBI Disease, percent: the mean over seeds {', '.join(plain)}, with the lowest and "
+        f"the highest. All from the default model's encoder, by `medner train`; {report.described(result)}.",
+        "",
+        "| | sentences | documents, one segment a window | documents, packed into 128 tokens |",
+        "|---|---|---|---|",
+    ]
+    for row in variants.values():
+        lines.append(f"| {row['what']} | {' | '.join(_spread(row, name) for name in SCORED)} |")
+    lines += [
+        "",
+        f"The mean of the last three epochs' weights, alone: {100 * gain:+.2f} against the best epoch (plain, "
+        "sentences, in the precision of training).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(row: Mapping[str, Any], name: str) -> str:
+    values = [100 * one[name] for one in row["seeds"].values()]
+    return f"**{statistics.mean(values):.2f}** ({min(values):.2f} - {max(values):.2f})"
+
+
+def main() -> None:
+    """Train, score, write ``results/training.json``, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = common.ROOT / "models" / "default"
+    parser.add_argument("--base", type=Path, default=default / "base")
+    parser.add_argument("--base-specials", dest="specials", type=Path, help="the same with its special tokens")
+    parser.add_argument("--base-pretrained", dest="pretrained", type=Path, help="the same, pre-trained further")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="trainings at a time")
+    given = parser.parse_args()
+    bases = {name: path for name in ("base", "specials", "pretrained") if (path := getattr(given, name)) is not None}
+    path = common.write("training", measure(bases, given.seeds, given.workers))
+    print(section(json.loads(path.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
