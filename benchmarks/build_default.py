@@ -41,7 +41,7 @@ SEEDS = (13, 14, 15, 16, 17)
 #: Steps of the distillation that makes the base's activation ReLU.
 RELU_STEPS = 500
 #: Tokens that the encoder is pre-trained on.
-PRETRAINED_TOKENS = 6_000_000
+PRETRAINED_TOKENS = 5_000_000
 #: Ways of training whose checkpoints teach, all their seeds.
 TEACHERS = ("plain", "packed", "layer-decay", "pretrained")
 #: Characters of unlabelled text that the teachers label, and of which one text at most so many are taken.

@@ -65,6 +65,9 @@ VARIANTS = (
     Variant("class-weights", "`--class-weights`", {"class_weights": True}),
 )
 
+#: What the last stage of ``build_default.py`` is called.
+TAUGHT = "taught by all of these but class weights and smoothing, also on unlabelled text (the default model's recipe)"
+
 
 def arguments(variant: Variant, base: Path, seed: int) -> list[str]:
     """What ``medner train`` gets for one checkpoint, its output left out."""
@@ -117,24 +120,26 @@ def score(checkpoint: Path, split: str = "devel") -> dict[str, float]:
     return {name: scores.overall.f1 for name, scores in found.items()}
 
 
-def measure(bases: Mapping[str, Path], seeds: Sequence[int], workers: int) -> dict[str, Any]:
-    """Everything that ``results/training.json`` holds, except the machine."""
-    jobs = [(variant, seed) for variant in VARIANTS if variant.base in bases for seed in seeds]
-    checkpoints = [WORK / f"{variant.name}-{seed}" for variant, seed in jobs]
+def measure(
+    variants: Sequence[Variant], bases: Mapping[str, Path], seeds: Sequence[int], taught: Path | None, workers: int
+) -> dict[str, Any]:
+    """Everything that ``results/training.json`` holds, except the machine. taught: folder of ``seedN`` checkpoints."""
+    known = {variant.name: variant for variant in variants if variant.base in bases}
+    checkpoints = {(name, seed): WORK / f"{name}-{seed}" for name in known for seed in seeds}
     train_all(
-        {
-            checkpoint: arguments(variant, bases[variant.base], seed)
-            for checkpoint, (variant, seed) in zip(checkpoints, jobs, strict=True)
-        },
+        {output: arguments(known[name], bases[known[name].base], seed) for (name, seed), output in checkpoints.items()},
         workers,
     )
+    what = {name: variant.what for name, variant in known.items()}
+    if taught is not None:
+        what["taught"] = TAUGHT
+        checkpoints |= {("taught", int(path.name[4:])): path for path in sorted(taught.glob("seed*"))}
     with ThreadPoolExecutor(workers) as pool:
-        scores = list(pool.map(score, checkpoints))
-    rows: dict[str, Any] = {}
-    for (variant, seed), checkpoint, scored in zip(jobs, checkpoints, scores, strict=True):
-        metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
-        row = rows.setdefault(variant.name, {"what": variant.what, "seeds": {}})
-        row["seeds"][str(seed)] = {
+        scores = list(pool.map(score, checkpoints.values()))
+    rows: dict[str, Any] = {name: {"what": text, "seeds": {}} for name, text in what.items()}
+    for ((name, seed), path), scored in zip(checkpoints.items(), scores, strict=True):
+        metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+        rows[name]["seeds"][str(seed)] = {
             **scored,
             "best_epoch": metrics["best"]["f1"],
             "averaged": metrics["averaged"]["f1"],
@@ -176,14 +181,18 @@ def main() -> None:
     """Train, score, write ``results/training.json``, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = common.ROOT / "models" / "default"
+    names = [variant.name for variant in VARIANTS]
+    parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--base", type=Path, default=default / "base")
     parser.add_argument("--base-specials", dest="specials", type=Path, help="the same with its special tokens")
     parser.add_argument("--base-pretrained", dest="pretrained", type=Path, help="the same, pre-trained further")
+    parser.add_argument("--taught", type=Path, help="folder of the checkpoints that teachers taught, seedN")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="trainings at a time")
     given = parser.parse_args()
     bases = {name: path for name in ("base", "specials", "pretrained") if (path := getattr(given, name)) is not None}
-    path = common.write("training", measure(bases, given.seeds, given.workers))
+    variants = [variant for variant in VARIANTS if variant.name in given.variants]
+    path = common.write("training", measure(variants, bases, given.seeds, given.taught, given.workers))
     print(section(json.loads(path.read_text(encoding="utf-8"))))
 
 

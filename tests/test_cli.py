@@ -592,3 +592,33 @@ print("on the heap" if low <= block < high else "mapped")
         for how in ("with", "without")
     ]
     assert said == ["mapped\n", "on the heap\n"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_a_training_keeps_what_it_frees() -> None:
+    """A large block lies on the heap, which does not shrink when it is free; what the environment says stays."""
+    program = """
+import ctypes
+from pathlib import Path
+from medner import cli
+
+cli._keep_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+block = libc.malloc(64 * 2**20)
+heaps = []
+for _ in range(2):
+    heap = next(line for line in Path("/proc/self/maps").read_text().splitlines() if "[heap]" in line).split()[0]
+    heaps.append([int(bound, 16) for bound in heap.split("-")])
+    libc.free(block)
+    block = None
+low, high = heaps[0]
+print("kept" if heaps[0] == heaps[1] and high - low > 64 * 2**20 else "given back")
+"""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    said = [
+        subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True).stdout
+        for env in (environ, {**environ, "MALLOC_TRIM_THRESHOLD_": "131072"})
+    ]
+    assert said == ["kept\n", "given back\n"]
