@@ -15,12 +15,13 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import abbreviations
 import common
 import errors
 import pretrain
@@ -33,7 +34,7 @@ from medner import bundle, datasets, evaluate, score, sources, train, windows
 from medner import export as exporting
 from medner.annotate import Annotator, Options
 from medner.datasets import Document
-from medner.pytorch import TorchModel
+from medner.pytorch import TorchModel, torch_annotator
 
 WORK = common.ROOT / "models" / "default"
 SHIPPED = common.ROOT / "medner" / "bundles" / "default"
@@ -44,8 +45,10 @@ RELU_STEPS = 500
 PRETRAINED_TOKENS = 5_000_000
 #: Ways of training whose checkpoints teach, all their seeds.
 TEACHERS = ("plain", "packed", "layer-decay", "pretrained")
-#: Characters of unlabelled text that the teachers label, and of which one text at most so many are taken.
-SILVER_CHARACTERS, SILVER_TEXT = {"medquad": 800_000, "rct": 400_000, "mtsamples": 400_000}, 3_000
+#: Characters of text that only the teachers say something about, and how many of one text at most.
+UNLABELLED_CHARACTERS, LONGEST_TEXT = {"medquad": 600_000, "rct": 300_000, "mtsamples": 300_000}, 3_000
+#: Characters of reports whose mentions are abbreviated.
+ABBREVIATED_CHARACTERS = 600_000
 LICENCE = "Apache-2.0"
 WRAP = 75
 
@@ -90,20 +93,36 @@ def average(checkpoints: Sequence[Path], target: Path) -> None:
     save_file(train.mean_weights(checkpoints), target / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_silver() -> Path:
-    """Unlabelled text to be taught on: every other text as its segments, the others whole; unless it is there."""
-    target = WORK / "silver.jsonl"
+def write_unlabelled() -> Path:
+    """Text for the teachers: every other one as its segments, the others whole; unless it is there."""
+    target = WORK / "unlabelled.jsonl"
     if not target.is_file():
-        lines = [json.dumps({"id": str(i), "text": text, "spans": []}) for i, text in enumerate(_silver())]
-        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _write_lines(target, ({"text": text} for text in _unlabelled()))
     return target
 
 
-def _silver() -> Iterator[str]:
+def write_silver(model: Path) -> Path:
+    """Sentences of reports with abbreviated mentions, found by a checkpoint before that; unless they are there."""
+    target = WORK / "abbreviated.jsonl"
+    if not target.is_file():
+        texts = relu_base.texts(TEXTS["mtsamples"], ABBREVIATED_CHARACTERS)
+        documents = [Document(str(i), text, ()) for i, text in enumerate(texts)]
+        found = evaluate.find(torch_annotator(model), documents)
+        known = [replace(document, spans=tuple(spans)) for document, spans in zip(documents, found, strict=True)]
+        made = abbreviations.abbreviated(known)
+        _write_lines(target, ({"id": d.id, "text": d.text, "spans": d.spans} for d in made))
+    return target
+
+
+def _write_lines(target: Path, records: Iterable[dict[str, Any]]) -> None:
+    target.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def _unlabelled() -> Iterator[str]:
     for name, given in TEXTS.items():
         # Of texts that are cut, more are needed for as many characters.
-        found = [text[:SILVER_TEXT] for text in relu_base.texts(given, 10**10)]
-        share = min(1.0, SILVER_CHARACTERS[name] / sum(map(len, found)))
+        found = [text[:LONGEST_TEXT] for text in relu_base.texts(given, 10**10)]
+        share = min(1.0, UNLABELLED_CHARACTERS[name] / sum(map(len, found)))
         for number, text in enumerate(common.every_kth(found, round(share * len(found)))):
             if number % 2:
                 yield text
@@ -112,20 +131,23 @@ def _silver() -> Iterator[str]:
                 yield from filter(str.strip, parts)
 
 
-def make_students(teachers: Sequence[Path], silver: Path) -> dict[int, Path]:
-    """A checkpoint for each seed, taught by the teachers; unless they are there.
-
-    All begin with the mean of the weights of those teachers that started from the same encoder.
-    """
+def make_start(teachers: Sequence[Path]) -> Path:
+    """The mean of the weights of those teachers that began with the same encoder; unless it is there."""
     start = WORK / "start"
     if not (start / "metrics.json").is_file():
         average([path for path in teachers if not path.name.startswith("pretrained")], start)
+    return start
+
+
+def make_students(start: Path, teachers: Sequence[Path], silver: Path, unlabelled: Path) -> dict[int, Path]:
+    """A checkpoint for each seed, taught by the teachers; unless they are there."""
     students = {seed: WORK / f"seed{seed}" for seed in SEEDS}
     training.train_all(
         {
             path: training.flags(
-                data=[CONLL, PUBTATOR], base=start, silver=silver, teacher=list(teachers), teacher_weight=0.7,
-                epochs=4, lr=1e-4, batch_size=16, window=128, average=3, seed=seed,
+                data=[CONLL, PUBTATOR], base=start, silver=silver, unlabelled=unlabelled,
+                teacher=list(teachers), teacher_weight=0.7,
+                epochs=4, lr=2e-4, batch_size=32, window=128, average=3, seed=seed,
             )
             for seed, path in students.items()
         }
@@ -231,7 +253,8 @@ def main() -> None:
     given = parser.parse_args()
 
     teachers = make_teachers(make_bases(given.base))
-    students = make_students(teachers, write_silver())
+    start = make_start(teachers)
+    students = make_students(start, teachers, write_silver(start), write_unlabelled())
     candidates = {f"seed {seed}": path for seed, path in students.items()} | {"mean": WORK / "mean"}
     average(list(students.values()), candidates["mean"])
     devel = {name: training.score(checkpoint) for name, checkpoint in candidates.items()}

@@ -171,6 +171,12 @@ def annotate(**given: Any) -> None:
     metavar="PATH",
     help="Data to learn from, but not to score, such as another model's spans.",
 )
+@click.option(
+    "--unlabelled",
+    multiple=True,
+    metavar="FILE[:COLUMN]",
+    help="Notes without labels, to learn from teachers what they find in them.",
+)
 @click.option("--layer-decay", type=float, default=1.0, show_default=True, help="Learning rate, from layer to layer.")
 @click.option("--label-smoothing", type=float, default=0.0, show_default=True, help="Share for all classes alike.")
 @click.option(
@@ -188,7 +194,7 @@ def annotate(**given: Any) -> None:
     type=float,
     default=0.5,
     show_default=True,
-    help="Of teachers on labelled data; on silver data they alone count.",
+    help="Of teachers on labelled data; on unlabelled notes they alone count.",
 )
 @click.option("--max-documents", type=click.IntRange(min=1), help="Use only so many of each split.")
 @click.option("--resume", is_flag=True, help="Go on from the last epoch saved in the output directory.")

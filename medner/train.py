@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from medner import datasets, windows
+from medner import datasets, sources, windows
 from medner.datasets import Document, Span
 from medner.errors import InputError, MissingPackage, ModelError, OutputError, UsageError
 from medner.score import tags_of
@@ -65,13 +65,14 @@ class TrainOptions:
     epoch. base: a checkpoint directory or hub name. output: directory of the new checkpoint. labels: renaming of the
     data's labels. window: tokens, specials included. precision: auto, fp32, bf16 or fp16. max_documents: use only so
     many documents of each split of each data set. silver: data sets that are learnt from and never scored on, such as
-    another model's spans. resume: go on from the last epoch that was saved.
+    another model's spans. unlabelled: files of text, ``FILE`` or ``FILE:COLUMN``, that only teachers say something
+    about. resume: go on from the last epoch that was saved.
 
     layer_decay: a layer's learning rate as a share of that of the layer above it (Howard and Ruder 2018).
     label_smoothing: share of a label's probability that goes to all classes alike (Szegedy et al. 2016). average: also
     try the mean of the weights of so many last epochs (Izmailov et al. 2018), and keep it if devel says so. teachers:
     checkpoints with the same tokenizer and labels, from whose mean probabilities is learnt, too (Hinton et al. 2015):
-    teacher_weight of the loss on labelled data, and all of it on silver data, whose labels then do not count.
+    teacher_weight of the loss on labelled data, nothing on silver data, and all on unlabelled text.
     """
 
     data: tuple[str, ...]
@@ -89,6 +90,7 @@ class TrainOptions:
     max_documents: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     silver: tuple[str, ...] = ()
+    unlabelled: tuple[str, ...] = ()
     layer_decay: float = 1.0
     label_smoothing: float = 0.0
     average: int = 1
@@ -108,6 +110,8 @@ class TrainOptions:
             raise UsageError("warmup_ratio lies in [0, 1), weight_decay is not negative")
         if not (0 < self.layer_decay <= 1 and 0 <= self.label_smoothing < 1 and 0 <= self.teacher_weight <= 1):
             raise UsageError("layer_decay lies in (0, 1], label_smoothing in [0, 1), teacher_weight in [0, 1]")
+        if self.unlabelled and not self.teachers:
+            raise UsageError(f"unlabelled {self.unlabelled[0]}: text without labels needs a teacher")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise UsageError(f"precision {self.precision!r}: one of auto, fp32, bf16, fp16 is needed")
 
@@ -167,7 +171,7 @@ def train(options: TrainOptions) -> TrainResult:
     """
     started = time.monotonic()
     precision = resolve_precision(options.precision)
-    data, n_labelled, tags, tokenizer, encoder = _prepare(options)
+    data, shares, tags, tokenizer, encoder = _prepare(options)
     transformers.set_seed(options.seed)
     model = _load_model(options.base, tags)
     _check_window(options.window, model.config, tokenizer, encoder)
@@ -176,7 +180,7 @@ def train(options: TrainOptions) -> TrainResult:
     samples = encode([Document("sample", text, ()) for text in SAMPLES], encoder, tags, options.window)
     weights = class_weights(encoded["train"], len(tags)) if options.class_weights else None
     if options.teachers:
-        _teach(options, encoded["train"], n_labelled, encoder, tags, tokenizer, precision)
+        _teach(options, encoded["train"], shares, encoder, tags, tokenizer, precision)
 
     trainer = _trainer(options, precision, model, encoded, encoder.pad_id, tags, weights)
     untrained = _scores_of(trainer.evaluate())
@@ -387,8 +391,10 @@ def resolve_precision(precision: str) -> str:
 
 def _prepare(
     options: TrainOptions,
-) -> tuple[dict[str, list[Document]], int, list[str], Any, windows.WordTokenizer]:
-    """Documents by split, how many of train are labelled, tags by class index, transformers' tokenizer and ours."""
+) -> tuple[dict[str, list[Document]], list[float], list[str], Any, windows.WordTokenizer]:
+    """Documents by split, the share of the loss that the labels of each of train have beside teachers, tags by class
+    index, transformers' tokenizer and ours.
+    """
     data = {
         split: [
             document
@@ -397,9 +403,13 @@ def _prepare(
         ]
         for split in ("train", "devel")
     }
-    n_labelled = len(data["train"])
-    for name in options.silver:
-        data["train"] += datasets.load(name, "train", options.labels)
+    shares = [1 - options.teacher_weight] * len(data["train"])
+    for share, documents in (
+        (1.0, [document for name in options.silver for document in datasets.load(name, "train", options.labels)]),
+        (0.0, [document for given in options.unlabelled for document in _unlabelled(given)]),
+    ):
+        data["train"] += documents
+        shares += [share] * len(documents)
     labels = datasets.labels_of(data["train"])
     if not labels:
         raise InputError(f"{', '.join(options.data)}: the train split has no labelled span")
@@ -411,7 +421,15 @@ def _prepare(
     data["devel"] = [replace(d, spans=tuple(s for s in d.spans if s[2] in labels)) for d in data["devel"]]
     tokenizer = _load_tokenizer(options.base)
     encoder = windows.WordTokenizer(tokenizer.backend_tokenizer.to_str())
-    return data, n_labelled, tags, tokenizer, encoder
+    return data, shares, tags, tokenizer, encoder
+
+
+def _unlabelled(given: str) -> list[Document]:
+    """The texts of ``FILE`` or ``FILE:COLUMN``, in any form that ``medner annotate`` reads; empty ones left out."""
+    name, _, column = given.partition(":")
+    reader = sources.Reader(sources.discover([name]).files, sources.ReadOptions(text_column=column or "text"))
+    texts = [text for batch in reader.batches() for text in batch.column("text").to_pylist()]
+    return [Document(f"{name}:{row}", text, ()) for row, text in enumerate(texts) if text]
 
 
 @contextmanager
@@ -685,13 +703,13 @@ def _trainer(
 def _teach(
     options: TrainOptions,
     encoded: Encoded,
-    n_labelled: int,
+    shares: Sequence[float],
     encoder: windows.WordTokenizer,
     tags: Sequence[str],
     tokenizer: Any,
     precision: str,
 ) -> None:
-    """Add the teachers' mean probabilities to the windows. n_labelled: documents, of the first, whose labels count.
+    """Add the teachers' mean probabilities to the windows. shares: what a document's labels count for in the loss.
 
     A teacher reads each segment in a window of its own, whatever stands beside it in the windows that are learnt from:
     so a word's probabilities are the same in both, and windows packed with neighbours learn to answer as single ones.
@@ -711,7 +729,7 @@ def _teach(
         labelled = np.array(item["labels"]) != IGNORED
         item["soft"] = np.zeros((len(labelled), len(tags)), np.float16)
         item["soft"][labelled] = total[done : done + labelled.sum()]
-        item["hard"] = 1 - options.teacher_weight if owner < n_labelled else 0.0
+        item["hard"] = shares[owner]
         done += int(labelled.sum())
 
 
@@ -844,7 +862,7 @@ def _plain_options(options: TrainOptions) -> dict[str, Any]:
     del plain["resume"]
     return (
         plain
-        | {name: list(getattr(options, name)) for name in ("data", "silver", "teachers")}
+        | {name: list(getattr(options, name)) for name in ("data", "silver", "unlabelled", "teachers")}
         | {"output": str(options.output)}
     )
 

@@ -28,8 +28,8 @@ pytest.importorskip("onnx", reason="build_default exports")
 load_file = pytest.importorskip("safetensors.torch").load_file
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    build_default, errors, pretrain, relu_base = map(
-        import_module, ("build_default", "errors", "pretrain", "relu_base")
+    abbreviations, build_default, errors, pretrain, relu_base = map(
+        import_module, ("abbreviations", "build_default", "errors", "pretrain", "relu_base")
     )
 
 
@@ -98,6 +98,32 @@ def letters(path: Path, seed: int, count: int = 60) -> str:
     texts = [" ".join(letter for letter in rng.choices("abcdefgh", k=30) for _ in range(2)) for _ in range(count)]
     path.write_text("".join(json.dumps({"note": text}) + "\n" for text in texts), encoding="utf-8")
     return f"{path}:note"
+
+
+def test_mentions_are_abbreviated() -> None:
+    """Of each sentence with mentions at least one becomes an abbreviation; every span still is its mention's."""
+    text = "No fever. History of asthma and chronic gout in 2001. She smokes. Father: gout."
+    spans = tuple((m.start(), m.end(), "Disease") for m in re.finditer("asthma|chronic gout|gout", text))
+    made = [
+        document for seed in range(200) for document in abbreviations.abbreviated([Document("a", text, spans)], seed)
+    ]
+    short = {name.lower() for name in abbreviations.ABBREVIATIONS}
+    patterns = (r" History of (.+) and (.+) in 2001\.", r" Father: (.+)\.")
+    both = 0
+    for number, document in enumerate(made):
+        found = re.fullmatch(patterns[number % 2], document.text)
+        assert found is not None, document.text
+        mentions = [document.text[start:end] for start, end, _ in document.spans]
+        assert mentions == list(found.groups())
+        new = [mention for mention in mentions if mention not in ("asthma", "chronic gout", "gout")]
+        assert new
+        assert {mention.lower() for mention in new} <= short
+        both += len(new) == 2
+    assert len(made) == 400
+    assert 60 < both < 180  # of 200
+    assert {document.text.islower() for document in made} == {False}
+    crossing = Document("b", "Old gout. Stable asthma.", ((4, 16, "Disease"),))
+    assert list(abbreviations.abbreviated([crossing])) == []
 
 
 def test_windows_for_pretraining(tmp_path: Path) -> None:

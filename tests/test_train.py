@@ -340,23 +340,42 @@ def test_the_mean_of_the_last_epochs(options: TrainOptions, tmp_path: Path) -> N
 
 
 def test_teachers_are_learnt_from(result: training.TrainResult, options: TrainOptions, tmp_path: Path) -> None:
-    """Of silver data their probabilities count and not its labels, which are all wrong here."""
-    silver = {"text": "the patient has gouty pain. no left ankle gout.", "spans": [[0, 3, "Site"], [16, 22, "Site"]]}
-    (tmp_path / "silver.jsonl").write_text("".join(json.dumps(silver) + "\n" for _ in range(40)))
-    wrong = replace(options, silver=(str(tmp_path / "silver.jsonl"),), epochs=1)
-    misled = train(replace(wrong, output=tmp_path / "misled"))
-    taught = train(replace(wrong, output=tmp_path / "taught", teachers=(str(result.output), str(result.output))))
-    assert taught.best.f1 > misled.best.f1
-    metrics = json.loads((taught.output / "metrics.json").read_text())
+    """Of text without labels their probabilities count; silver data, all wrong here, misleads with teachers, too."""
+    text = "the patient has gouty pain. no left ankle gout."
+    (tmp_path / "notes.csv").write_text("report\n" + f'"{text}"\n' * 40)
+    wrong = {"text": text, "spans": [[0, 3, "Site"], [16, 22, "Site"]]}
+    (tmp_path / "silver.jsonl").write_text("".join(json.dumps(wrong) + "\n" for _ in range(40)))
+    taught = replace(options, epochs=1, teachers=(str(result.output), str(result.output)))
+    misled = train(replace(taught, output=tmp_path / "misled", silver=(str(tmp_path / "silver.jsonl"),)))
+    led = train(replace(taught, output=tmp_path / "led", unlabelled=(f"{tmp_path / 'notes.csv'}:report",)))
+    assert led.best.f1 > misled.best.f1
+    metrics = json.loads((led.output / "metrics.json").read_text())
     assert metrics["options"]["teachers"] == [str(result.output)] * 2
+    assert metrics["options"]["unlabelled"] == [f"{tmp_path / 'notes.csv'}:report"]
+    assert metrics["data"]["train"]["documents"] == 48 + 40
+
+
+def test_what_labels_count_for(options: TrainOptions, tmp_path: Path) -> None:
+    """Labels share the loss with teachers on labelled data, silver ones count alone, unlabelled text has none."""
+    silver, notes = tmp_path / "silver.jsonl", tmp_path / "notes.jsonl"
+    silver.write_text(json.dumps({"text": "no gout.", "spans": [[3, 7, "Problem"]]}) + "\n")
+    notes.write_text('{"text": "left knee."}\n{"text": ""}\n{"text": "no gouty pain."}\n')
+    given = replace(options, silver=(str(silver),), unlabelled=(str(notes),), teachers=("any",), teacher_weight=0.75)
+    data, shares, *_ = training._prepare(given)
+    assert shares == [0.25] * 48 + [1.0] + [0.0] * 2
+    assert [document.text for document in data["train"][48:]] == ["no gout.", "left knee.", "no gouty pain."]
+    with pytest.raises(UsageError) as error:
+        replace(given, teachers=())
+    assert str(error.value) == f"unlabelled {notes}: text without labels needs a teacher"
 
 
 def test_what_teachers_say(result: training.TrainResult, options: TrainOptions, encoder: WordTokenizer) -> None:
     """Their mean probabilities stand at each word, whatever the order of their tags."""
     data = load(options.data[0], "devel")
     encoded = encode(data, encoder, TAGS, 32)
+    shares = [0.5] * 5 + [0.0] * (len(data) - 5)
     tokenizer = training._load_tokenizer(str(result.output))
-    training._teach(replace(options, teachers=(str(result.output),)), encoded, 5, encoder, TAGS, tokenizer, "fp32")
+    training._teach(replace(options, teachers=(str(result.output),)), encoded, shares, encoder, TAGS, tokenizer, "fp32")
     model = transformers.AutoModelForTokenClassification.from_pretrained(result.output)
     for owner, item in zip(encoded.owner, encoded.inputs, strict=True):
         with torch.inference_mode():
@@ -367,7 +386,7 @@ def test_what_teachers_say(result: training.TrainResult, options: TrainOptions, 
         assert item["hard"] == (0.5 if owner < 5 else 0.0)
     other = encode(data, encoder, TAGS, 32)
     order = [TAGS[i] for i in (0, 3, 4, 1, 2)]
-    training._teach(replace(options, teachers=(str(result.output),)), other, 5, encoder, order, tokenizer, "fp32")
+    training._teach(replace(options, teachers=(str(result.output),)), other, shares, encoder, order, tokenizer, "fp32")
     assert np.array_equal(other.inputs[0]["soft"][:, [0, 3, 4, 1, 2]], encoded.inputs[0]["soft"])
 
 
@@ -382,7 +401,7 @@ def test_teachers_read_segments_apart(
     apart = encode([Document(str(i), text, ()) for i, text in enumerate(sentences)], encoder, TAGS, 32)
     assert len(packed.inputs) < len(apart.inputs)
     for encoded in (packed, apart):
-        training._teach(taught, encoded, 0, encoder, TAGS, tokenizer, "fp32")
+        training._teach(taught, encoded, [0.0] * len(encoded.documents), encoder, TAGS, tokenizer, "fp32")
     found = [
         np.concatenate([item["soft"][np.array(item["labels"]) != IGNORED] for item in encoded.inputs])
         for encoded in (packed, apart)
