@@ -88,7 +88,7 @@ class Model:
 MODELS = {
     "minilm": Model(
         "MiniLM, 6 layers of 384",
-        common.ROOT / "models/default/averaged",
+        common.ROOT / "models/default/checkpoint",
         common.ROOT / "models/default/bundle",
         "benchmarks/build_default.py",
     ),

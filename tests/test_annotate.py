@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from medner import Annotator, Options, Span, annotate, load, schema, testing, windows
+from medner import bundle as bundles
 from medner.errors import InputError, ModelError
 
 #: The tiny bundle's mention words in the order that decides their logits.
@@ -374,12 +375,31 @@ def test_first_spans_come_early(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(sizes) == 400
 
 
+@pytest.fixture
+def bare(tmp_path: Path, tiny_parts: dict[str, bytes]) -> bundles.Bundle:
+    """The tiny bundle with a tokenizer that adds no special tokens."""
+    tokenizer = json.loads(tiny_parts["tokenizer.json"]) | {"post_processor": None}
+    for name, content in (tiny_parts | {"tokenizer.json": json.dumps(tokenizer).encode()}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    described = bundles.load("tiny")
+    bundles.write_manifest(
+        tmp_path, name="bare", labels=described.labels, window=described.window, packed=True, card=described.card
+    )
+    return bundles.load(tmp_path)
+
+
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_the_model_sees_every_token_once(tiny: Annotator, monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
-    """Batches of one width, framed by [CLS] and [SEP], in the budget; together the whole notes.
+@pytest.mark.parametrize("framed", [True, False])
+def test_the_model_sees_every_token_once(
+    tiny: Annotator, bare: bundles.Bundle, monkeypatch: pytest.MonkeyPatch, framed: bool, multiple: int
+) -> None:
+    """Batches of one width, framed by [CLS] and [SEP] if the tokenizer adds them, in the budget; all of the notes.
 
     On a CPU no window is padded; where lengths are padded to multiples of 8, it is with [PAD].
     """
+    bundle = tiny.bundle if framed else bare
+    outer = 1 if framed else 0
     assert annotate.PAD_MULTIPLE == {"cpu": 1, "cuda": 8}
     monkeypatch.setitem(annotate.PAD_MULTIPLE, "cpu", multiple)
     fed: list[tuple[windows.Ints, windows.Ints]] = []
@@ -392,7 +412,7 @@ def test_the_model_sees_every_token_once(tiny: Annotator, monkeypatch: pytest.Mo
 
     rng = random.Random(0)
     notes = [" ".join(rng.choices(["x", "ab", "c.", "fever", "\n\n"], k=rng.randrange(90))) for _ in range(60)]
-    annotator = Annotator(tiny.bundle, recording, Options(threads=2, batch_tokens=128, reuse=False), precision="fp32")
+    annotator = Annotator(bundle, recording, Options(threads=2, batch_tokens=128, reuse=False), precision="fp32")
     made = annotator(as_batch(notes))
     seen: list[tuple[int, ...]] = []
     for ids, lengths in fed:
@@ -400,18 +420,19 @@ def test_the_model_sees_every_token_once(tiny: Annotator, monkeypatch: pytest.Mo
         assert ids.size <= 128 or len(ids) == 1
         for row, length in zip(ids.tolist(), lengths.tolist(), strict=True):
             assert len(row) == (length if multiple == 1 else min(32, -(-length // 8) * 8))
-            assert (row[0], row[length - 1], set(row[length:]) <= {0}) == (2, 3, True)
-            seen.append(tuple(row[1 : length - 1]))
+            assert set(row[length:]) <= {0}
+            assert not framed or (row[0], row[length - 1]) == (2, 3)
+            seen.append(tuple(row[outer : length - outer]))
     assert len(seen) == sum(made.column("n_windows").to_pylist()) == annotator.counts.inferred
-    plain = Tokenizer.from_str(tiny.bundle.tokenizer_json())
+    plain = Tokenizer.from_str(bundle.tokenizer_json())
     whole = [plain.encode(note, add_special_tokens=False).ids for note in notes]
     assert made.column("n_tokens").to_pylist() == [len(ids) for ids in whole]
     expected: list[tuple[int, ...]] = []
     for note in notes:
-        tokens = windows.WordTokenizer(tiny.bundle.tokenizer_json()).tokenize(
+        tokens = windows.WordTokenizer(bundle.tokenizer_json()).tokenize(
             [note[low:high] for low, high in pairwise(windows.segments(note))]
         )
-        packed = windows.pack(tokens.bounds, 0, len(tokens.bounds) - 1, 30)
+        packed = windows.pack(tokens.bounds, 0, len(tokens.bounds) - 1, 32 - 2 * outer)
         expected += [tuple(tokens.ids[window.start : window.end].tolist()) for window in packed]
     assert sorted(seen) == sorted(expected)
 
