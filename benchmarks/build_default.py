@@ -131,12 +131,14 @@ def _unlabelled() -> Iterator[str]:
                 yield from filter(str.strip, parts)
 
 
-def make_start(teachers: Sequence[Path]) -> Path:
-    """The mean of the weights of those teachers that began with the same encoder; unless it is there."""
-    start = WORK / "start"
-    if not (start / "metrics.json").is_file():
-        average([path for path in teachers if not path.name.startswith("pretrained")], start)
-    return start
+def best_start(teachers: Sequence[Path]) -> Path:
+    """Of the teachers that saw documents, too, the best on devel."""
+
+    def devel(checkpoint: Path) -> float:
+        metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
+        return float(max(metrics["best"]["f1"], metrics["averaged"]["f1"]))
+
+    return max((path for path in teachers if path.name.startswith("packed")), key=devel)
 
 
 def make_students(start: Path, teachers: Sequence[Path], silver: Path, unlabelled: Path) -> dict[int, Path]:
@@ -268,7 +270,7 @@ def main() -> None:
     given = parser.parse_args()
 
     teachers = make_teachers(make_bases(given.base))
-    start = make_start(teachers)
+    start = best_start(teachers)
     silver = write_silver(start)
     students = make_students(start, teachers, silver, write_unlabelled())
     candidates = {f"seed {seed}": path for seed, path in students.items()} | {"mean": WORK / "mean"}
@@ -344,7 +346,7 @@ def _strip_paths(training: dict[str, Any]) -> None:
     """Keep the builder's directories out of what ships."""
     options = training["options"]
     options["data"] = ["NCBI Disease, tagged sentences", "NCBI Disease, documents"]
-    options["base"] = "all-MiniLM-L6-v2 with ReLU and without special tokens: the mean of fine-tuned ones"
+    options["base"] = "all-MiniLM-L6-v2 with ReLU and without special tokens, fine-tuned as a teacher"
     options["silver"] = ["MTSamples, sentences with abbreviated mentions"]
     options["unlabelled"] = ["MedQuAD, trial reports, MTSamples"]
     options["teachers"] = [Path(teacher).name for teacher in options["teachers"]]
