@@ -4,7 +4,7 @@
 
 CHECKPOINT is a directory with the weights of all-MiniLM-L6-v2. The checkpoints and the bundle with all its variants go
 to ``models/default`` and ``models/training``, which git ignores; ``--ship`` also replaces ``medner/bundles/default`` by
-the int8 variant. What is there already is not made again, so an interrupted build goes on. About three hours on two
+the int8 variant. What is there already is not made again, so an interrupted build goes on. About two hours on two
 cores.
 """
 
@@ -24,7 +24,6 @@ from typing import Any
 import abbreviations
 import common
 import errors
-import pretrain
 import pyarrow as pa
 import relu_base
 import training
@@ -41,14 +40,12 @@ SHIPPED = common.ROOT / "medner" / "bundles" / "default"
 SEEDS = (13, 14, 15, 16, 17)
 #: Steps of the distillation that makes the base's activation ReLU.
 RELU_STEPS = 500
-#: Tokens that the encoder is pre-trained on.
-PRETRAINED_TOKENS = 5_000_000
 #: Ways of training whose checkpoints teach, all their seeds.
-TEACHERS = ("plain", "packed", "pretrained")
+TEACHERS = ("plain", "packed")
 #: Characters of text that only the teachers say something about, and how many of one text at most.
 UNLABELLED_CHARACTERS, LONGEST_TEXT = {"medquad": 300_000, "rct": 150_000, "mtsamples": 150_000}, 3_000
 #: Characters of reports whose mentions are abbreviated.
-ABBREVIATED_CHARACTERS = 600_000
+ABBREVIATED_CHARACTERS = 1_000_000
 LICENCE = "Apache-2.0"
 WRAP = 75
 
@@ -61,24 +58,19 @@ TEXTS = {
 }
 
 
-def make_bases(base: str) -> dict[str, Path]:
-    """The encoder with ReLU and without special tokens, and the same pre-trained further; unless they are there."""
-    bases = {"base": WORK / "base", "pretrained": WORK / "pretrained"}
-    if not (bases["base"] / "config.json").is_file():
-        relu_base.make(base, bases["base"], tuple(TEXTS.values()), RELU_STEPS)
-    if not (bases["pretrained"] / "config.json").is_file():
-        texts = (TEXTS["rct"], TEXTS["medquad"])
-        pretrain.pretrain(
-            pretrain.PretrainOptions(str(bases["base"]), bases["pretrained"], texts, PRETRAINED_TOKENS, resume=True)
-        )
-    return bases
+def make_base(base: str) -> Path:
+    """The encoder with ReLU and without special tokens; unless it is there."""
+    made = WORK / "base"
+    if not (made / "config.json").is_file():
+        relu_base.make(base, made, tuple(TEXTS.values()), RELU_STEPS)
+    return made
 
 
-def make_teachers(bases: dict[str, Path]) -> list[Path]:
+def make_teachers(base: Path) -> list[Path]:
     """The checkpoints that teach; unless they are there."""
     variants = [variant for variant in training.VARIANTS if variant.name in TEACHERS]
     jobs = {
-        training.WORK / f"{variant.name}-{seed}": training.arguments(variant, bases[variant.base], seed)
+        training.WORK / f"{variant.name}-{seed}": training.arguments(variant, base, seed)
         for variant in variants
         for seed in training.SEEDS
     }
@@ -101,17 +93,27 @@ def write_unlabelled() -> Path:
     return target
 
 
-def write_silver(model: Path) -> Path:
-    """Sentences of reports with abbreviated mentions, found by a checkpoint before that; unless they are there."""
+def write_silver(teachers: Sequence[Path]) -> Path:
+    """Sentences of reports in which the teachers find the same mentions, abbreviated then; unless they are there."""
     target = WORK / "abbreviated.jsonl"
     if not target.is_file():
         texts = relu_base.texts(TEXTS["mtsamples"], ABBREVIATED_CHARACTERS)
-        documents = [Document(str(i), text, ()) for i, text in enumerate(texts)]
-        found = evaluate.find(torch_annotator(model), documents)
-        known = [replace(document, spans=tuple(spans)) for document, spans in zip(documents, found, strict=True)]
-        made = abbreviations.abbreviated(known)
+        parts = dict.fromkeys(part for text in texts for part in _sentences(text))
+        sentences = [Document(str(i), part, ()) for i, part in enumerate(parts)]
+        first, *others = (evaluate.find(torch_annotator(teacher), sentences) for teacher in teachers)
+        agreed = [
+            replace(sentence, spans=tuple(spans))
+            for sentence, spans, *rest in zip(sentences, first, *others, strict=True)
+            if all(spans == other for other in rest)
+        ]
+        made = abbreviations.abbreviated(agreed)
         _write_lines(target, ({"id": d.id, "text": d.text, "spans": d.spans} for d in made))
     return target
+
+
+def _sentences(text: str) -> list[str]:
+    parts = (text[low:high] for low, high in pairwise(windows.segments(text)))
+    return [part for part in parts if part.strip()]
 
 
 def _write_lines(target: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -127,8 +129,7 @@ def _unlabelled() -> Iterator[str]:
             if number % 2:
                 yield text
             else:
-                parts = (text[low:high] for low, high in pairwise(windows.segments(text)))
-                yield from filter(str.strip, parts)
+                yield from _sentences(text)
 
 
 def best_start(teachers: Sequence[Path]) -> Path:
@@ -149,7 +150,7 @@ def make_students(start: Path, teachers: Sequence[Path], silver: Path, unlabelle
             path: training.flags(
                 data=[CONLL, PUBTATOR], base=start, silver=silver, unlabelled=unlabelled,
                 teacher=list(teachers), teacher_weight=0.7,
-                epochs=3, lr=2e-4, batch_size=32, window=128, average=2, seed=seed,
+                epochs=4, lr=2e-4, batch_size=32, window=128, average=2, seed=seed,
             )
             for seed, path in students.items()
         }
@@ -269,9 +270,9 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="replace the bundle inside the package")
     given = parser.parse_args()
 
-    teachers = make_teachers(make_bases(given.base))
+    teachers = make_teachers(make_base(given.base))
     start = best_start(teachers)
-    silver = write_silver(start)
+    silver = write_silver([path for path in teachers if path.name.startswith("packed")])
     students = make_students(start, teachers, silver, write_unlabelled())
     candidates = {f"seed {seed}": path for seed, path in students.items()} | {"mean": WORK / "mean"}
     average(list(students.values()), candidates["mean"])
