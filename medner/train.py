@@ -178,7 +178,7 @@ def train(options: TrainOptions) -> TrainResult:
     last = _claim(options, precision)
     encoded = {split: encode(documents, encoder, tags, options.window) for split, documents in data.items()}
     samples = encode([Document("sample", text, ()) for text in SAMPLES], encoder, tags, options.window)
-    weights = class_weights(encoded["train"], len(tags)) if options.class_weights else None
+    weights = class_weights(encoded["train"], len(tags), shares) if options.class_weights else None
     if options.teachers:
         _teach(options, encoded["train"], shares, encoder, tags, tokenizer, precision)
 
@@ -297,12 +297,17 @@ def _word_tags(words: Ints, spans: Iterable[Span]) -> list[str]:
     return tags
 
 
-def class_weights(encoded: Encoded, n_tags: int) -> npt.NDArray[np.float64]:
+def class_weights(encoded: Encoded, n_tags: int, shares: Sequence[float] | None = None) -> npt.NDArray[np.float64]:
     """Weight of each class, [n_tags]: words / (classes * words of the class), 0 for a class that never occurs.
 
-    The ``balanced`` heuristic of scikit-learn, after King and Zeng (2001), over words instead of samples.
+    shares: what each document's labels count for; those of text without labels are not counted. The ``balanced`` heuristic of scikit-learn, after King and Zeng (2001), over words instead of samples.
     """
-    marks = np.fromiter(chain.from_iterable(item["labels"] for item in encoded.inputs), dtype=np.int64)
+    counted = (
+        item["labels"]
+        for item, owner in zip(encoded.inputs, encoded.owner, strict=True)
+        if shares is None or shares[owner]
+    )
+    marks = np.fromiter(chain.from_iterable(counted), dtype=np.int64)
     counts = np.bincount(marks[marks != IGNORED], minlength=n_tags)
     return np.where(counts > 0, counts.sum() / (n_tags * np.maximum(counts, 1)), 0.0)
 

@@ -130,7 +130,12 @@ def test_every_word_is_labelled_once_whatever_the_window(encoder: WordTokenizer,
 def test_class_weights_are_balanced(encoder: WordTokenizer) -> None:
     """Words / (classes * words of the class), by hand: 4 words, 5 classes; absent classes weigh nothing."""
     encoded = encode([Document("a", "knee has gouty pain", ((10, 20, "Problem"),))], encoder, TAGS, 32)
-    assert class_weights(encoded, 5).tolist() == pytest.approx([4 / (5 * 2), 4 / 5, 4 / 5, 0, 0])
+    expected = pytest.approx([4 / (5 * 2), 4 / 5, 4 / 5, 0, 0])
+    assert class_weights(encoded, 5).tolist() == expected
+    # Text without labels says nothing of how often a class occurs.
+    unlabelled = Document("b", "no gout. the patient has pain.", ())
+    both = encode([*encoded.documents, unlabelled], encoder, TAGS, 32)
+    assert class_weights(both, 5, [0.5, 0.0]).tolist() == expected
 
 
 def test_the_checkpoint_loads_and_knows_its_labels(result: training.TrainResult) -> None:
