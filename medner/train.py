@@ -300,7 +300,8 @@ def _word_tags(words: Ints, spans: Iterable[Span]) -> list[str]:
 def class_weights(encoded: Encoded, n_tags: int, shares: Sequence[float] | None = None) -> npt.NDArray[np.float64]:
     """Weight of each class, [n_tags]: words / (classes * words of the class), 0 for a class that never occurs.
 
-    shares: what each document's labels count for; those of text without labels are not counted. The ``balanced`` heuristic of scikit-learn, after King and Zeng (2001), over words instead of samples.
+    The ``balanced`` heuristic of scikit-learn, after King and Zeng (2001), over words instead of samples. shares: what
+    each document's labels count for; those of text without labels are not counted.
     """
     counted = (
         item["labels"]
