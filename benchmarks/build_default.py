@@ -24,6 +24,7 @@ from typing import Any
 import abbreviations
 import common
 import errors
+import pretrain
 import pyarrow as pa
 import relu_base
 import training
@@ -40,10 +41,12 @@ SHIPPED = common.ROOT / "medner" / "bundles" / "default"
 SEEDS = (13, 14, 15, 16, 17)
 #: Steps of the distillation that makes the base's activation ReLU.
 RELU_STEPS = 500
-#: Ways of training whose checkpoints teach, all their seeds.
-TEACHERS = ("plain", "packed")
+#: Tokens that the encoder is pre-trained on.
+PRETRAINED_TOKENS = 5_000_000
+#: The way of training whose checkpoints teach, all its seeds.
+TEACHERS = "pretrained"
 #: Characters of text that only the teachers say something about, and how many of one text at most.
-UNLABELLED_CHARACTERS, LONGEST_TEXT = {"medquad": 300_000, "rct": 150_000, "mtsamples": 150_000}, 3_000
+UNLABELLED_CHARACTERS, LONGEST_TEXT = {"medquad": 150_000, "rct": 75_000, "mtsamples": 75_000}, 3_000
 #: Characters of reports whose mentions are abbreviated.
 ABBREVIATED_CHARACTERS = 1_000_000
 LICENCE = "Apache-2.0"
@@ -59,21 +62,20 @@ TEXTS = {
 
 
 def make_base(base: str) -> Path:
-    """The encoder with ReLU and without special tokens; unless it is there."""
-    made = WORK / "base"
+    """The encoder with ReLU and without special tokens, pre-trained further; unless it is there."""
+    cheap, made = WORK / "base", WORK / "pretrained"
+    if not (cheap / "config.json").is_file():
+        relu_base.make(base, cheap, tuple(TEXTS.values()), RELU_STEPS)
     if not (made / "config.json").is_file():
-        relu_base.make(base, made, tuple(TEXTS.values()), RELU_STEPS)
+        texts = (TEXTS["rct"], TEXTS["medquad"])
+        pretrain.pretrain(pretrain.PretrainOptions(str(cheap), made, texts, PRETRAINED_TOKENS, resume=True))
     return made
 
 
 def make_teachers(base: Path) -> list[Path]:
     """The checkpoints that teach; unless they are there."""
-    variants = [variant for variant in training.VARIANTS if variant.name in TEACHERS]
-    jobs = {
-        training.WORK / f"{variant.name}-{seed}": training.arguments(variant, base, seed)
-        for variant in variants
-        for seed in training.SEEDS
-    }
+    (variant,) = (variant for variant in training.VARIANTS if variant.name == TEACHERS)
+    jobs = {training.WORK / f"{TEACHERS}-{seed}": training.arguments(variant, base, seed) for seed in training.SEEDS}
     training.train_all(jobs)
     return list(jobs)
 
@@ -133,13 +135,13 @@ def _unlabelled() -> Iterator[str]:
 
 
 def best_start(teachers: Sequence[Path]) -> Path:
-    """Of the teachers that saw documents, too, the best on devel."""
+    """The teacher that is best on devel."""
 
     def devel(checkpoint: Path) -> float:
         metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
         return float(max(metrics["best"]["f1"], metrics["averaged"]["f1"]))
 
-    return max((path for path in teachers if path.name.startswith("packed")), key=devel)
+    return max(teachers, key=devel)
 
 
 def make_students(start: Path, teachers: Sequence[Path], silver: Path, unlabelled: Path) -> dict[int, Path]:
@@ -150,7 +152,7 @@ def make_students(start: Path, teachers: Sequence[Path], silver: Path, unlabelle
             path: training.flags(
                 data=[CONLL, PUBTATOR], base=start, silver=silver, unlabelled=unlabelled,
                 teacher=list(teachers), teacher_weight=0.7,
-                epochs=4, lr=2e-4, batch_size=32, window=128, average=2, seed=seed,
+                epochs=2, lr=2e-4, batch_size=32, window=128, seed=seed,
             )
             for seed, path in students.items()
         }
@@ -235,7 +237,7 @@ def card(path: Path, facts: dict[str, Any]) -> str:
         "window": f"{loaded.window} tokens, {'as many segments as fit' if loaded.packed else 'one segment each'}",
         "seeds": _seeds(facts),
         "chosen": {"mean": "the mean of five seeds' weights"}.get(facts["chosen"], facts["chosen"]),
-        "teachers": str(len(TEACHERS) * len(training.SEEDS)),
+        "teachers": str(len(training.SEEDS)),
         "abbreviated": f"{facts['abbreviated']:,}",
         "abbreviations": str(len(abbreviations.ABBREVIATIONS)),
         "unlabelled": f"{sum(UNLABELLED_CHARACTERS.values()):,}",
@@ -272,7 +274,7 @@ def main() -> None:
 
     teachers = make_teachers(make_base(given.base))
     start = best_start(teachers)
-    silver = write_silver([path for path in teachers if path.name.startswith("packed")])
+    silver = write_silver(teachers)
     students = make_students(start, teachers, silver, write_unlabelled())
     candidates = {f"seed {seed}": path for seed, path in students.items()} | {"mean": WORK / "mean"}
     average(list(students.values()), candidates["mean"])
