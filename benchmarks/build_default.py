@@ -64,9 +64,9 @@ TEXTS = {
 def make_base(base: str) -> Path:
     """The encoder with ReLU and without special tokens, pre-trained further; unless it is there."""
     cheap, made = WORK / "base", WORK / "pretrained"
-    if not (cheap / "config.json").is_file():
+    if not (cheap / "model.safetensors").is_file():
         relu_base.make(base, cheap, tuple(TEXTS.values()), RELU_STEPS)
-    if not (made / "config.json").is_file():
+    if not (made / "model.safetensors").is_file():
         texts = (TEXTS["rct"], TEXTS["medquad"])
         pretrain.pretrain(pretrain.PretrainOptions(str(cheap), made, texts, PRETRAINED_TOKENS, resume=True))
     return made
@@ -119,7 +119,9 @@ def _sentences(text: str) -> list[str]:
 
 
 def _write_lines(target: Path, records: Iterable[dict[str, Any]]) -> None:
-    target.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    draft = target.with_suffix(".tmp")
+    draft.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    draft.replace(target)
 
 
 def _unlabelled() -> Iterator[str]:

@@ -2,7 +2,7 @@
 
     python benchmarks/pretrain.py BASE OUT --text FILE[:COLUMN] [--text ...] [--tokens 10000000] [--resume]
 
-BASE is a BERT-like checkpoint, FILE a table of text in any form that ``medner annotate`` reads. OUT is a checkpoint to
+BASE is a BERT checkpoint, FILE a table of text in any form that ``medner annotate`` reads. OUT is a checkpoint to
 fine-tune by ``medner train --base OUT``. Text is streamed: a window from each file in turn, and a file that ends begins
 again. ``--resume`` goes on from what was saved last, a tenth of the way back at most, and ends with the same weights.
 On two cores a million tokens take about two minutes; a GPU is used where PyTorch finds one.
@@ -91,17 +91,9 @@ class Windows(IterableDataset):  # type: ignore[misc]
 
 
 def _for_ever(given: str) -> Iterator[str]:
-    """The texts of ``FILE`` or ``FILE:COLUMN``, again and again. Raises SystemExit where there is none."""
-    name, _, column = given.partition(":")
+    """The texts of ``FILE`` or ``FILE:COLUMN``, again and again."""
     while True:
-        reader = sources.Reader(sources.discover([name]).files, sources.ReadOptions(text_column=column or "text"))
-        empty = True
-        for batch in reader.batches():
-            for text in filter(None, batch.column("text").to_pylist()):
-                empty = False
-                yield text
-        if empty:
-            raise SystemExit(f"{name}: holds no text")
+        yield from sources.texts(given)
 
 
 class _Trainer(transformers.Trainer):  # type: ignore[misc]
@@ -121,6 +113,13 @@ class _Trainer(transformers.Trainer):  # type: ignore[misc]
 
 def pretrain(options: PretrainOptions) -> list[float]:
     """Train and save; the losses that were logged, the mean of a hundredth of the steps each."""
+    # The trainer writes its state last: a checkpoint without it was cut off.
+    saved = [path.parent for path in (options.output / "checkpoints").glob("checkpoint-*/trainer_state.json")]
+    last = max(saved, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if last and not options.resume:
+        raise SystemExit(f"{options.output}: holds a training; pass --resume, or name a new directory")
+    if transformers.AutoConfig.from_pretrained(options.base).model_type != "bert":
+        raise SystemExit(f"{options.base}: is no BERT, whose head for masked words this is")
     transformers.set_seed(SEED)
     cuda = torch.cuda.is_available()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.base)
@@ -163,12 +162,11 @@ def pretrain(options: PretrainOptions) -> list[float]:
         train_dataset=Windows(backend, options.texts, options.window),
         data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED, seed=SEED),
     )
-    saved = any((options.output / "checkpoints").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=True if options.resume and saved else None)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     for name, value in kept.items():
         setattr(model.config, name, value)
-    model.base_model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
+    model.base_model.save_pretrained(options.output)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

@@ -77,11 +77,9 @@ class Encoder:
 
 def texts(given: str, characters: int = CHARACTERS) -> list[str]:
     """Different texts of ``FILE`` or ``FILE:COLUMN``, about so many characters in all, evenly over the file."""
-    name, _, column = given.partition(":")
-    reader = sources.Reader(sources.discover([name]).files, sources.ReadOptions(text_column=column or "text"))
-    found = list(dict.fromkeys(text for batch in reader.batches() for text in batch["text"].to_pylist() if text))
-    share = min(1.0, characters / max(1, sum(map(len, found))))
-    return common.every_kth(found, max(1, round(share * len(found)))) if found else []
+    found = list(dict.fromkeys(sources.texts(given)))
+    share = min(1.0, characters / sum(map(len, found)))
+    return common.every_kth(found, max(1, round(share * len(found))))
 
 
 def examples(tokenizer: transformers.PreTrainedTokenizerFast, corpus: Sequence[str]) -> Tensor:
@@ -183,10 +181,10 @@ def make(base: str, output: Path, files: Sequence[str], steps: int, *, keep_spec
     common.say(f"after the fit: {off(student, teacher, held_out)}")
     distil(student, teacher, rest, steps)
     common.say(f"after {steps} steps: {off(student, teacher, held_out)}; {time.monotonic() - start:.0f} s")
-    student.model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     if not keep_specials:
         _add_nothing(output)
+    student.model.save_pretrained(output)  # last: its config.json says that all is there
 
 
 def _add_nothing(checkpoint: Path) -> None:

@@ -207,14 +207,17 @@ def train(inspect: int | None, labels: tuple[str, ...], **given: Any) -> None:
     The epoch with the best strict F1 on the devel split is kept. Several --data are learnt together. Writes the
     checkpoint, metrics.json and learning_curve.png.
     """
-    _keep_memory()
     from medner import train as training
 
     if given["output"] is None and inspect is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     output = given.pop("output") or Path()
     options = training.TrainOptions(**given, output=output, labels=dict(map(_renaming, labels)))
-    _print(str(training.inspect(options, inspect) if inspect else training.train(options)))
+    if inspect:
+        _print(str(training.inspect(options, inspect)))
+        return
+    _keep_memory()
+    _print(str(training.train(options)))
 
 
 def _renaming(given: str) -> tuple[str, str]:

@@ -440,6 +440,28 @@ class Reader:
         run.update(text_files=run["text_files"] + 1, bytes=run["bytes"] + size, sha256=self._texts.hexdigest())
 
 
+def texts(given: str) -> Iterator[str]:
+    """The texts of ``FILE`` or ``FILE:COLUMN``, in any form that INPUT takes; without empty and rejected ones.
+
+    The column is ``text`` unless it is named. Raises :class:`InputError` where no text is found, and as :class:`Reader`
+    does.
+    """
+    name, column = given, "text"
+    if not Path(given).expanduser().exists() and ":" in given:
+        name, _, column = given.rpartition(":")
+    empty = True
+    try:
+        reader = Reader(discover([str(Path(name).expanduser())]).files, ReadOptions(text_column=column))
+        for batch in reader.batches():
+            for text in filter(None, batch.column("text").to_pylist()):
+                empty = False
+                yield text
+    except InputError as exc:
+        raise InputError(str(exc).replace("name another with --text-column", "name another as FILE:COLUMN")) from exc
+    if empty:
+        raise InputError(f"{given}: holds no text")
+
+
 def _check_options(options: ReadOptions) -> None:
     named = [*_named_columns(options), (options.encoding, "--encoding"), (options.delimiter or "", "--delimiter")]
     for value, option in named:

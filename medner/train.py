@@ -175,12 +175,14 @@ def train(options: TrainOptions) -> TrainResult:
     transformers.set_seed(options.seed)
     model = _load_model(options.base, tags)
     _check_window(options.window, model.config, tokenizer, encoder)
+    for teacher in options.teachers:
+        _check_teacher(teacher, options, tags, tokenizer, encoder)
     last = _claim(options, precision)
     encoded = {split: encode(documents, encoder, tags, options.window) for split, documents in data.items()}
     samples = encode([Document("sample", text, ()) for text in SAMPLES], encoder, tags, options.window)
     weights = class_weights(encoded["train"], len(tags), shares) if options.class_weights else None
     if options.teachers:
-        _teach(options, encoded["train"], shares, encoder, tags, tokenizer, precision)
+        _teach(options, encoded["train"], shares, encoder, tags, precision)
 
     trainer = _trainer(options, precision, model, encoded, encoder.pad_id, tags, weights)
     untrained = _scores_of(trainer.evaluate())
@@ -301,12 +303,12 @@ def class_weights(encoded: Encoded, n_tags: int, shares: Sequence[float] | None 
     """Weight of each class, [n_tags]: words / (classes * words of the class), 0 for a class that never occurs.
 
     The ``balanced`` heuristic of scikit-learn, after King and Zeng (2001), over words instead of samples. shares: what
-    each document's labels count for; those of text without labels are not counted.
+    each document's labels count for; text without labels is left out, unless no labels count.
     """
     counted = (
         item["labels"]
         for item, owner in zip(encoded.inputs, encoded.owner, strict=True)
-        if shares is None or shares[owner]
+        if shares is None or shares[owner] or not any(shares)
     )
     marks = np.fromiter(chain.from_iterable(counted), dtype=np.int64)
     counts = np.bincount(marks[marks != IGNORED], minlength=n_tags)
@@ -349,7 +351,7 @@ def inspect(options: TrainOptions, n: int = 3) -> Inspection:
 
     Raises as :func:`train` does for data and tokenizer.
     """
-    data, _, tags, tokenizer, encoder = _prepare(options)
+    data, shares, tags, tokenizer, encoder = _prepare(options)
     encoded = encode(data["train"], encoder, tags, options.window)
     words = {
         number: iter(_texts(encoded.documents[number].text, encoded.words[number]))
@@ -367,7 +369,7 @@ def inspect(options: TrainOptions, n: int = 3) -> Inspection:
                 Labelled(name, next(words[owner]) if labelled else None, tags[mark] if labelled else None, mark)
             )
         shown.append(tuple(rows))
-    weights = class_weights(encoded, len(tags))
+    weights = class_weights(encoded, len(tags), shares)
     return Inspection(tuple(shown), dict(zip(tags, weights.tolist(), strict=True)))
 
 
@@ -412,7 +414,7 @@ def _prepare(
     shares = [1 - options.teacher_weight] * len(data["train"])
     for share, documents in (
         (1.0, [document for name in options.silver for document in datasets.load(name, "train", options.labels)]),
-        (0.0, [document for given in options.unlabelled for document in _unlabelled(given)]),
+        (0.0, [Document(given, text, ()) for given in options.unlabelled for text in sources.texts(given)]),
     ):
         data["train"] += documents
         shares += [share] * len(documents)
@@ -428,14 +430,6 @@ def _prepare(
     tokenizer = _load_tokenizer(options.base)
     encoder = windows.WordTokenizer(tokenizer.backend_tokenizer.to_str())
     return data, shares, tags, tokenizer, encoder
-
-
-def _unlabelled(given: str) -> list[Document]:
-    """The texts of ``FILE`` or ``FILE:COLUMN``, in any form that ``medner annotate`` reads; empty ones left out."""
-    name, _, column = given.partition(":")
-    reader = sources.Reader(sources.discover([name]).files, sources.ReadOptions(text_column=column or "text"))
-    texts = [text for batch in reader.batches() for text in batch.column("text").to_pylist()]
-    return [Document(f"{name}:{row}", text, ()) for row, text in enumerate(texts) if text]
 
 
 @contextmanager
@@ -712,7 +706,6 @@ def _teach(
     shares: Sequence[float],
     encoder: windows.WordTokenizer,
     tags: Sequence[str],
-    tokenizer: Any,
     precision: str,
 ) -> None:
     """Add the teachers' mean probabilities to the windows. shares: what a document's labels count for in the loss.
@@ -723,11 +716,8 @@ def _teach(
     apart = encode(encoded.documents, encoder, tags, options.window, packed=False)
     total = np.zeros((sum(map(len, encoded.words)), len(tags)), np.float32)
     for teacher in options.teachers:
-        if _load_tokenizer(teacher).get_vocab() != tokenizer.get_vocab():
-            raise ModelError(f"{teacher}: has another tokenizer than {options.base}; a teacher needs the same")
-        found, order = _probabilities(teacher, apart, encoder.pad_id, precision)
-        if sorted(order) != sorted(tags):
-            raise ModelError(f"{teacher}: knows the tags {', '.join(order)}, and the data {', '.join(tags)}")
+        order = _tags_of(_load_config(teacher))
+        found = _probabilities(teacher, apart, encoder.pad_id, precision)
         total += found[:, [order.index(tag) for tag in tags]] / len(options.teachers)
     # The words of all documents stand in one order, however they are cut into windows.
     done = 0
@@ -739,10 +729,29 @@ def _teach(
         done += int(labelled.sum())
 
 
-def _probabilities(
-    checkpoint: str, encoded: Encoded, pad_id: int, precision: str
-) -> tuple[npt.NDArray[np.float32], list[str]]:
-    """A model's probabilities for each word, float32 [words, classes], and its tags by class."""
+def _check_teacher(
+    teacher: str, options: TrainOptions, tags: Sequence[str], tokenizer: Any, encoder: windows.WordTokenizer
+) -> None:
+    """Raise :class:`ModelError` for other tokens or tags than the data's, :class:`UsageError` for the window."""
+    own, config = _load_tokenizer(teacher), _load_config(teacher)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(f"{teacher}: has another tokenizer than {options.base}; a teacher needs the same")
+    if sorted(_tags_of(config)) != sorted(tags):
+        raise ModelError(f"{teacher}: knows the tags {', '.join(_tags_of(config))}, and the data {', '.join(tags)}")
+    _check_window(options.window, config, own, encoder)
+
+
+def _load_config(checkpoint: str) -> Any:
+    with _base_errors(checkpoint):
+        return AutoConfig.from_pretrained(str(Path(checkpoint).expanduser()), trust_remote_code=False)
+
+
+def _tags_of(config: Any) -> list[str]:
+    return [config.id2label[i] for i in range(len(config.id2label))]
+
+
+def _probabilities(checkpoint: str, encoded: Encoded, pad_id: int, precision: str) -> npt.NDArray[np.float32]:
+    """A model's probabilities for each word, float32 [words, classes]."""
     from medner.pytorch import TorchModel  # here, since it is no part of what training needs otherwise
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -758,8 +767,7 @@ def _probabilities(
         logits = torch.from_numpy(model(ids, np.array([lengths[i] for i in batch])))
         for i, row in zip(batch, logits.softmax(dim=-1).numpy(), strict=True):
             found[i] = row[: lengths[i]][np.array(encoded.inputs[i]["labels"]) != IGNORED]
-    labels = AutoConfig.from_pretrained(str(Path(checkpoint).expanduser()), trust_remote_code=False).id2label
-    return np.concatenate(found), [labels[i] for i in range(len(labels))]
+    return np.concatenate(found)
 
 
 def _try_average(trainer: _Trainer, options: TrainOptions, best: Epoch) -> dict[str, float]:

@@ -1117,3 +1117,31 @@ def test_mutated_files(tmp_path: Path, name: str) -> None:
         assert all((row["text"] is None) == (row["reason"] in set(Reason)) for row in got)
         assert sum(one["text_files"] if "text_files" in one else one["rows"] for one in source.inputs()) == len(got)
     assert outcomes["read"] or "." in name[2:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts alone
+
+
+def test_texts_of_a_file_and_a_column(tmp_path: Path) -> None:
+    """The column ``text`` or the one behind the last colon; empty ones left out; a colon may stand in the name."""
+    table = tmp_path / "a:b.csv"
+    table.write_text("text,report\nfever,asthma\n,gout\n", encoding="utf-8")
+    assert list(sources.texts(str(table))) == ["fever"]
+    assert list(sources.texts(f"{table}:report")) == ["asthma", "gout"]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (":empty", "{path}:empty: holds no text"),
+        (":none", "{path} has no column 'none'; name another as FILE:COLUMN"),
+    ],
+)
+def test_no_texts(tmp_path: Path, column: str, message: str) -> None:
+    """The error says what to do in words that fit where the file was named."""
+    path = tmp_path / "notes.csv"
+    path.write_text("text,empty\nfever,\n", encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        list(sources.texts(f"{path}{column}"))
+    assert str(error.value) == message.format(path=path)

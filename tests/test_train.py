@@ -279,7 +279,7 @@ def test_the_smoothed_loss() -> None:
 
 
 def test_the_loss_with_teachers() -> None:
-    """Hand-worked: a labelled window shares its loss with the teachers' probabilities, a silver one has those alone."""
+    """Hand-worked: a labelled window's loss is shared with the teachers' probabilities, an unlabelled one is theirs."""
     logits = torch.tensor([[[2.0, 0.0], [5.0, 5.0]], [[0.0, 1.0], [5.0, 5.0]]])
     inputs = {
         "input_ids": torch.tensor([[5, 6], [5, 6]]),
@@ -345,7 +345,7 @@ def test_the_mean_of_the_last_epochs(options: TrainOptions, tmp_path: Path) -> N
 
 
 def test_teachers_are_learnt_from(result: training.TrainResult, options: TrainOptions, tmp_path: Path) -> None:
-    """Of text without labels their probabilities count; silver data, all wrong here, misleads with teachers, too."""
+    """Text without labels is learnt from, and silver data, all wrong here, misleads with teachers, too."""
     text = "the patient has gouty pain. no left ankle gout."
     (tmp_path / "notes.csv").write_text("report\n" + f'"{text}"\n' * 40)
     wrong = {"text": text, "spans": [[0, 3, "Site"], [16, 22, "Site"]]}
@@ -379,8 +379,7 @@ def test_what_teachers_say(result: training.TrainResult, options: TrainOptions, 
     data = load(options.data[0], "devel")
     encoded = encode(data, encoder, TAGS, 32)
     shares = [0.5] * 5 + [0.0] * (len(data) - 5)
-    tokenizer = training._load_tokenizer(str(result.output))
-    training._teach(replace(options, teachers=(str(result.output),)), encoded, shares, encoder, TAGS, tokenizer, "fp32")
+    training._teach(replace(options, teachers=(str(result.output),)), encoded, shares, encoder, TAGS, "fp32")
     model = transformers.AutoModelForTokenClassification.from_pretrained(result.output)
     for owner, item in zip(encoded.owner, encoded.inputs, strict=True):
         with torch.inference_mode():
@@ -391,7 +390,7 @@ def test_what_teachers_say(result: training.TrainResult, options: TrainOptions, 
         assert item["hard"] == (0.5 if owner < 5 else 0.0)
     other = encode(data, encoder, TAGS, 32)
     order = [TAGS[i] for i in (0, 3, 4, 1, 2)]
-    training._teach(replace(options, teachers=(str(result.output),)), other, shares, encoder, order, tokenizer, "fp32")
+    training._teach(replace(options, teachers=(str(result.output),)), other, shares, encoder, order, "fp32")
     assert np.array_equal(other.inputs[0]["soft"][:, [0, 3, 4, 1, 2]], encoded.inputs[0]["soft"])
 
 
@@ -401,12 +400,12 @@ def test_teachers_read_segments_apart(
     """A word's probabilities are the same in a window with neighbours and alone, in segments that are cut as well."""
     sentences = ["the patient has gouty pain. ", "no left ankle gout. ", "right knee x-linked pain, " * 5 + "no gout."]
     taught = replace(options, teachers=(str(result.output),))
-    tokenizer = training._load_tokenizer(str(result.output))
     packed = encode([Document("all", "".join(sentences), ())], encoder, TAGS, 32)
     apart = encode([Document(str(i), text, ()) for i, text in enumerate(sentences)], encoder, TAGS, 32)
     assert len(packed.inputs) < len(apart.inputs)
+    assert len(apart.inputs) > len(sentences)  # one is longer than a window
     for encoded in (packed, apart):
-        training._teach(taught, encoded, [0.0] * len(encoded.documents), encoder, TAGS, tokenizer, "fp32")
+        training._teach(taught, encoded, [0.0] * len(encoded.documents), encoder, TAGS, "fp32")
     found = [
         np.concatenate([item["soft"][np.array(item["labels"]) != IGNORED] for item in encoded.inputs])
         for encoded in (packed, apart)
@@ -431,6 +430,16 @@ def test_unfit_teachers(result: training.TrainResult, options: TrainOptions, tmp
     transformers.BertConfig(vocab_size=8).save_pretrained(other)
     with pytest.raises(ModelError, match="has another tokenizer than"):
         train(replace(taught, teachers=(str(other),), output=tmp_path / "again"))
+
+
+def test_teachers_are_checked_before_anything_is_written(
+    result: training.TrainResult, options: TrainOptions, tmp_path: Path
+) -> None:
+    """A name that is none leaves no output behind, so that the corrected command runs."""
+    given = replace(options, teachers=(str(tmp_path / "nothing"),), output=tmp_path / "out")
+    with pytest.raises(ModelError, match="nothing: cannot be loaded"):
+        train(given)
+    assert not given.output.exists()
 
 
 def test_inspect_shows_tokens_words_tags_and_weights(options: TrainOptions, tmp_path: Path) -> None:
