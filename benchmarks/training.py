@@ -134,8 +134,7 @@ def measure(
     if taught is not None:
         what["taught"] = TAUGHT
         checkpoints |= {("taught", int(path.name[4:])): path for path in sorted(taught.glob("seed*"))}
-    with ThreadPoolExecutor(workers) as pool:
-        scores = list(pool.map(score, checkpoints.values()))
+    scores = [score(path) for path in checkpoints.values()]  # not in threads: transformers loads one at a time
     rows: dict[str, Any] = {name: {"what": text, "seeds": {}} for name, text in what.items()}
     for ((name, seed), path), scored in zip(checkpoints.items(), scores, strict=True):
         metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
