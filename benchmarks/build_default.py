@@ -67,7 +67,8 @@ def make_base(base: str) -> Path:
     if not (cheap / "model.safetensors").is_file():
         relu_base.make(base, cheap, tuple(TEXTS.values()), RELU_STEPS)
     if not (made / "model.safetensors").is_file():
-        texts = (TEXTS["rct"], TEXTS["medquad"])
+        # A window from each in turn: so two thirds are MedQuAD, each of its windows twice with other words masked.
+        texts = (TEXTS["rct"], TEXTS["medquad"], TEXTS["medquad"])
         pretrain.pretrain(pretrain.PretrainOptions(str(cheap), made, texts, PRETRAINED_TOKENS, resume=True))
     return made
 
