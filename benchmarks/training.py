@@ -66,7 +66,7 @@ VARIANTS = (
 )
 
 #: What the last stage of ``build_default.py`` is called.
-TAUGHT = "from the best pre-trained one 2 more epochs, taught by all three, on documents and text without labels, too"
+TAUGHT = "from the best pre-trained one 4 more epochs, taught by all three, on documents and text without labels, too"
 
 
 def arguments(variant: Variant, base: Path, seed: int) -> list[str]:
