@@ -6,7 +6,7 @@ A training starts from the default model's encoder (``models/default/base``, mad
 variant has another, and differs from the plain one as its row says; as many run at a time as there are processors, on
 one thread each. Checkpoints go to ``models/training``, which git ignores; what is there already is not made again. All
 are then scored alike, by PyTorch in fp32: tagged sentences, and untokenized documents with one segment a window and
-with as many as fit into 128 tokens. The test split is not touched.
+with as many as fit into 128 tokens. The test split is not touched. Rows that are not measured now stay as they were.
 """
 
 from __future__ import annotations
@@ -147,6 +147,15 @@ def measure(
     return {"options": PLAIN, "split": "devel", "variants": rows}
 
 
+def kept(measured: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """A result with the rows of an earlier one that it lacks, in the order of :data:`VARIANTS`; taught ones last."""
+    if earlier and (earlier["options"], earlier["split"]) != (measured["options"], measured["split"]):
+        raise SystemExit("the earlier result has other options; measure all variants")
+    rows = {**earlier.get("variants", {}), **measured["variants"]}
+    order = [*(variant.name for variant in VARIANTS), "taught"]
+    return {**measured, "variants": {name: rows[name] for name in order if name in rows}}
+
+
 def section(result: Mapping[str, Any]) -> str:
     """The result in Markdown."""
     variants = result["variants"]
@@ -201,7 +210,10 @@ def main() -> None:
     variants = [variant for variant in VARIANTS if variant.name in given.variants]
     if missing := [variant.base for variant in variants if variant.base not in bases]:
         parser.error(f"--base-{missing[0]} is needed for the variant {missing[0]}; or leave it out by --variants")
-    path = common.write("training", measure(variants, bases, given.seeds, given.taught, given.workers))
+    measured = measure(variants, bases, given.seeds, given.taught, given.workers)
+    before = common.RESULTS / "training.json"
+    earlier = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
+    path = common.write("training", kept(measured, earlier))
     print(section(json.loads(path.read_text(encoding="utf-8"))))
 
 
