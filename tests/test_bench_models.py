@@ -215,6 +215,40 @@ def test_the_mean_of_weights(tmp_path: Path) -> None:
     )
 
 
+def test_the_best_teacher_is_the_start(tmp_path: Path) -> None:
+    """Devel decides, by what is kept: the best epoch, or the mean of the last ones where that is better."""
+    for name, best, averaged in (("a", 0.81, 0.83), ("b", 0.84, 0.80), ("c", 0.82, 0.82)):
+        (tmp_path / name).mkdir()
+        metrics = {"best": {"f1": best}, "averaged": {"f1": averaged}}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert build_default.best_start([tmp_path / name for name in "abc"]) == tmp_path / "b"
+    assert build_default.best_start([tmp_path / name for name in "ac"]) == tmp_path / "a"
+
+
+def test_silver_is_what_teachers_agree_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentences with equal mentions alone, abbreviated; each once; and what is there is not made again."""
+    reports = tmp_path / "reports.csv"
+    reports.write_text("transcription\nNo gout. No asthma. No asthma.\nHistory of fever.\n", encoding="utf-8")
+    monkeypatch.setattr(build_default, "WORK", tmp_path)
+    monkeypatch.setitem(build_default.TEXTS, "mtsamples", f"{reports}:transcription")
+    known = {Path("a"): "asthma|gout", Path("b"): "asthma|fever"}
+    monkeypatch.setattr(build_default, "torch_annotator", known.__getitem__)
+    monkeypatch.setattr(
+        build_default.evaluate,
+        "find",
+        lambda pattern, documents: [
+            [(m.start(), m.end(), "Disease") for m in re.finditer(pattern, document.text)] for document in documents
+        ],
+    )
+    made = build_default.write_silver(list(known))
+    (row,) = (json.loads(line) for line in made.read_text(encoding="utf-8").splitlines())
+    ((start, end, label),) = row["spans"]
+    assert (row["text"][:start].strip(), row["text"][end:].strip(), label) == ("No", ".", "Disease")
+    assert row["text"][start:end].lower() in {name.lower() for name in abbreviations.ABBREVIATIONS}
+    made.write_text("kept", encoding="utf-8")
+    assert build_default.write_silver([]).read_text(encoding="utf-8") == "kept"
+
+
 def test_kinds_of_errors() -> None:
     """Hand-worked: exact, shifted, missed of each kind, and invented; an overlap is no invention."""
     text = "T2DM, breast and ovarian cancer, gout attack, asthma, fever, CF"

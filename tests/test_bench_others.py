@@ -679,6 +679,26 @@ def test_ways_of_training_are_commands() -> None:
         assert {word.partition("=")[0] for word in given if word.startswith("--")} <= known
 
 
+def test_trainings_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is finished is left alone, what was cut off goes on, and each has one thread."""
+    ran = {}
+
+    def timed(command: list[str | Path], env: dict[str, str]) -> None:
+        assert env == {"OMP_NUM_THREADS": "1"}
+        words = [str(word) for word in command]
+        ran[Path(words[words.index("-o") + 1]).name] = words
+
+    monkeypatch.setattr(training.common, "timed", timed)
+    for name in ("done", "cut"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "done" / "metrics.json").write_text("{}", encoding="utf-8")
+    training.train_all({tmp_path / name: [f"--seed={name}"] for name in ("done", "cut", "new")}, workers=2)
+    assert {name: words[1:] for name, words in ran.items()} == {
+        "new": ["train", "--seed=new", "-o", str(tmp_path / "new")],
+        "cut": ["train", "--seed=cut", "-o", str(tmp_path / "cut"), "--resume"],
+    }
+
+
 def test_ways_of_training_report() -> None:
     """Means over each row's own seeds with the lowest and the highest, and what averaging alone gave where it was."""
     seeds = {
@@ -700,3 +720,17 @@ def test_ways_of_training_report() -> None:
         "precision of training).\n"
     )
     assert "alone" not in training.section({**MACHINE, "variants": {"taught": rows["taught"]}})
+
+
+def test_ways_of_training_that_were_measured_before() -> None:
+    """Their rows stay, in the order of the table; rows with other options do not stand beside them."""
+    same = {"options": {"epochs": 6}, "split": "devel"}
+    earlier = {**same, "variants": {"taught": "old", "smoothing": "old", "plain": "old"}}
+    result = training.kept({**same, "date": "now", "variants": {"smoothing": "new", "longer": "new"}}, earlier)
+    assert result["date"] == "now"
+    assert list(result["variants"].items()) == [
+        ("plain", "old"), ("longer", "new"), ("smoothing", "new"), ("taught", "old"),
+    ]  # fmt: skip
+    assert training.kept({**same, "variants": {"plain": "new"}}, {})["variants"] == {"plain": "new"}
+    with pytest.raises(SystemExit, match="other options"):
+        training.kept({**same, "options": {}, "variants": {}}, earlier)
