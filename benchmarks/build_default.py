@@ -318,6 +318,8 @@ def main() -> None:
     manifest = json.loads((path / bundle.MANIFEST).read_text(encoding="utf-8"))
     written = {key: manifest[key] for key in ("licence", "parity", "training", "versions")}
     _strip_paths(written["training"])
+    if chosen == "mean":  # the mean has no training of its own: what is there is the last seed's
+        written["training"]["mean_of_seeds"] = list(SEEDS)
     written |= {name: facts[name] for name in ("scores", "chosen", "devel", "test")}
     loaded = bundle.load(path)
     (path / "README.md").write_text(card(path, facts), encoding="utf-8")
