@@ -20,7 +20,8 @@ SAMPLE_TOKENS = 65_536
 WINDOWS = (64, 96, 128, 192, 256, 384, 512)
 #: How a report names windows that hold one segment each.
 ONE_SEGMENT = "one segment"
-#: Of the windows that score within this F1 of the best, the longest is taken: it cuts the fewest sentences.
+#: Of the windows that score within this F1 of the best, the longest is taken, for it cuts the fewest sentences, and of
+#: two of one length the packed one. Windows of one segment each are as long as those that the model was trained on.
 WINDOW_TOLERANCE = 0.002
 
 
@@ -49,7 +50,8 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
         if annotator.counts.inferred + annotator.counts.reused <= len(data.documents):
             break
     best = max(tried.values())
-    return sizes[[name for name, f1 in tried.items() if f1 >= best - WINDOW_TOLERANCE][-1]], tried
+    near = [sizes[name] for name, f1 in tried.items() if f1 >= best - WINDOW_TOLERANCE]
+    return max(near, key=lambda sized: (sized.window, sized.packed)), tried
 
 
 def samples(bundle: bundles.Bundle, data: ParityData, tokens: int = SAMPLE_TOKENS) -> list[Ints]:

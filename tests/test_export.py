@@ -795,6 +795,16 @@ def test_the_longest_window_within_tolerance(missed: int, expected: int) -> None
     assert chosen.window == expected
 
 
+def test_long_windows_of_one_segment_win_over_short_packed_ones(tmp_path: Path) -> None:
+    """They cut fewer sentences; packed ones of their own length, as good, are taken instead."""
+    tiny, documents = limited(tmp_path / "a", 130), data(fevers(100, 20))
+    chosen, tried = verify.choose_window(tiny, Fake(70), documents)
+    assert tried["one segment"] == tried["64"] > tried["96"]
+    assert (chosen.window, chosen.packed) == (128, False)
+    chosen, _ = verify.choose_window(tiny, Fake(512), documents)
+    assert (chosen.window, chosen.packed) == (128, True)
+
+
 def test_windows_that_cannot_be_told_apart_are_not_tried() -> None:
     """The first window that holds every document whole is the last one tried."""
     _, tried = verify.choose_window(bundles.load("tiny"), Fake(512), data(fevers(30, 0), fevers(2, 0)))
