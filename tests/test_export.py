@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -797,7 +798,8 @@ def test_the_longest_window_within_tolerance(missed: int, expected: int) -> None
 
 def test_long_windows_of_one_segment_win_over_short_packed_ones(tmp_path: Path) -> None:
     """They cut fewer sentences; packed ones of their own length, as good, are taken instead."""
-    tiny, documents = limited(tmp_path / "a", 130), data(fevers(100, 20))
+    whole = fevers(100, 20)
+    tiny, documents = limited(tmp_path / "a", 130), data(replace(whole, text=whole.text.replace(" . ", ".\n\n")))
     chosen, tried = verify.choose_window(tiny, Fake(70), documents)
     assert tried["one segment"] == tried["64"] > tried["96"]
     assert (chosen.window, chosen.packed) == (128, False)
