@@ -65,8 +65,9 @@ VARIANTS = (
     Variant("class-weights", "`--class-weights`", {"class_weights": True}),
 )
 
-#: What the last stage of ``build_default.py`` is called.
+#: What the last stage of ``build_default.py`` is called, and what it makes of its checkpoints.
 TAUGHT = "from the best pre-trained one 4 more epochs, taught by all three, on documents and text without labels, too"
+MEAN = "one model: the mean of their weights"
 
 
 def arguments(variant: Variant, base: Path, seed: int) -> list[str]:
@@ -123,7 +124,10 @@ def score(checkpoint: Path, split: str = "devel") -> dict[str, float]:
 def measure(
     variants: Sequence[Variant], bases: Mapping[str, Path], seeds: Sequence[int], taught: Path | None, workers: int
 ) -> dict[str, Any]:
-    """Everything that ``results/training.json`` holds, except the machine. taught: folder of ``seedN`` checkpoints."""
+    """Everything that ``results/training.json`` holds, except the machine.
+
+    taught: folder of ``seedN`` checkpoints, and of their mean if there is one.
+    """
     known = {variant.name: variant for variant in variants if variant.base in bases}
     checkpoints = {(name, seed): WORK / f"{name}-{seed}" for name in known for seed in seeds}
     train_all(
@@ -144,6 +148,9 @@ def measure(
             "averaged": (metrics["averaged"] or {}).get("f1"),
             "seconds": metrics["seconds"],
         }
+    if taught is not None and (taught / "mean").is_dir():
+        scored = score(taught / "mean")
+        rows["mean"] = {"what": MEAN, "seeds": {"mean": {**scored, "best_epoch": None, "averaged": None}}}
     return {"options": PLAIN, "split": "devel", "variants": rows}
 
 
@@ -152,7 +159,7 @@ def kept(measured: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, A
     if earlier and (earlier["options"], earlier["split"]) != (measured["options"], measured["split"]):
         raise SystemExit("the earlier result has other options; measure all variants")
     rows = {**earlier.get("variants", {}), **measured["variants"]}
-    order = [*(variant.name for variant in VARIANTS), "taught"]
+    order = [*(variant.name for variant in VARIANTS), "taught", "mean"]
     return {**measured, "variants": {name: rows[name] for name in order if name in rows}}
 
 
