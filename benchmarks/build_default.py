@@ -45,8 +45,6 @@ RELU_STEPS = 500
 PRETRAINED_TOKENS = 5_000_000
 #: The way of training whose checkpoints teach, all its seeds.
 TEACHERS = "pretrained"
-#: Of the last stage, and the highest learning rate.
-EPOCHS, LR = 4, 2e-4
 #: Characters of text that only the teachers say something about, and how many of one text at most.
 UNLABELLED_CHARACTERS, LONGEST_TEXT = {"medquad": 150_000, "rct": 75_000, "mtsamples": 75_000}, 3_000
 #: Characters of reports whose mentions are abbreviated.
@@ -156,7 +154,7 @@ def make_students(start: Path, teachers: Sequence[Path], silver: Path, unlabelle
             path: training.flags(
                 data=[CONLL, PUBTATOR], base=start, silver=silver, unlabelled=unlabelled,
                 teacher=list(teachers), teacher_weight=0.7,
-                epochs=EPOCHS, lr=LR, batch_size=32, window=128, seed=seed,
+                epochs=training.TAUGHT_EPOCHS, lr=2e-4, batch_size=32, window=128, seed=seed,
             )
             for seed, path in students.items()
         }
@@ -241,7 +239,7 @@ def card(path: Path, facts: dict[str, Any]) -> str:
         "window": f"{loaded.window} tokens, {'as many segments as fit' if loaded.packed else 'one segment each'}",
         "steps": str(RELU_STEPS),
         "pretrained": f"{PRETRAINED_TOKENS / 1e6:.0f} M",
-        "epochs": str(EPOCHS),
+        "epochs": str(training.TAUGHT_EPOCHS),
         "seeds": _seeds(facts),
         "chosen": {"mean": "the mean of five seeds' weights"}.get(facts["chosen"], facts["chosen"]),
         "teachers": str(len(training.SEEDS)),

@@ -65,8 +65,12 @@ VARIANTS = (
     Variant("class-weights", "`--class-weights`", {"class_weights": True}),
 )
 
-#: What the last stage of ``build_default.py`` is called, and what it makes of its checkpoints.
-TAUGHT = "from the best pre-trained one 4 more epochs, taught by all three, on documents and text without labels, too"
+#: Of the last stage of ``build_default.py``; what that stage is called, and what it makes of its checkpoints.
+TAUGHT_EPOCHS = 4
+TAUGHT = (
+    f"from the best pre-trained one {TAUGHT_EPOCHS} more epochs, taught by all three, on documents and text without "
+    "labels, too"
+)
 MEAN = "one model: the mean of their weights"
 
 
