@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
@@ -350,8 +350,7 @@ class Reader:
 
     def _records(self, file: InputFile, text: io.TextIOWrapper) -> Iterator[_Record]:
         if file.kind == "jsonl":
-            probe = PROBE_OBJECTS if self._left is None else min(PROBE_OBJECTS, self._left)
-            return _json_records(file, text, self._options, probe)
+            return _json_records(file, text, self._options, self._left)
         return (_csv_records if file.kind == "csv" else _text_records)(file, text, self._options)
 
     def _admit(
@@ -726,17 +725,19 @@ def _no_column(file: InputFile, name: str, option: str, found: str) -> InputErro
 # ------------------------------------------------------------------------------------------------------------- JSONL
 
 
-def _json_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions, probe: int) -> Iterator[_Record]:
-    """Records of a JSONL file. A named column must be in one of the first ``probe`` objects, if there are any.
+def _json_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions, left: int | None) -> Iterator[_Record]:
+    """Records of a JSONL file. A named column must be in one of the first 1,000 objects, if there are any.
 
-    Of a key that stands twice in an object the last value counts.
+    Of a key that stands twice in an object the last value counts. left: records that are wanted, None for all; of those
+    that follow one may be given that is not the file's.
     """
     most = HELD_PER_NOTE * options.max_note_bytes + _CHUNK
     column, id_column, keep = options.text_column, options.id_column or "note_id", options.keep
     nothing: _Kept = (None,) * len(keep)
     unseen = {name for name, _ in _named_columns(options)}
     objects = 0
-    for line in _lines(text, most):
+    lines = _lines(text, most)
+    for line in lines:
         if len(line) >= most - 1 and not line.endswith("\n"):
             while (piece := text.readline(most)) and not piece.endswith("\n"):
                 pass
@@ -751,10 +752,18 @@ def _json_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions,
         if type(record) is not dict:
             yield None, None, Reason.NOT_OBJECT, nothing
             continue
+        beyond = ""
         if unseen:
             objects += 1
             unseen.difference_update(record)
-            if objects >= probe:
+            is_last = objects == left
+            if is_last and unseen:
+                # No other record is wanted, but those behind it tell, too, whether the file has the column.
+                beyond = next(filter(str.strip, lines), "")
+                for another in islice(_objects(chain([beyond], lines)), PROBE_OBJECTS - objects):
+                    objects += 1
+                    unseen.difference_update(another)
+            if is_last or objects >= PROBE_OBJECTS:
                 _check_seen(file, unseen, objects, options)
         note_id, reason = _read_id(_json_value(record, id_column, line))
         note = record.get(column)
@@ -764,8 +773,21 @@ def _json_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions,
             reason = Reason.TEXT_NULL if note is None else Reason.TEXT_TYPE
         kept = tuple(_json_text(_json_value(record, name, line)) for name in keep) if keep else ()
         yield note_id, None if reason else note, reason, kept
+        if beyond:
+            yield None, None, Reason.NOT_OBJECT, nothing
     if objects:
         _check_seen(file, unseen, objects, options)
+
+
+def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The objects among lines of JSON, all else left out."""
+    for line in lines:
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if type(record) is dict:
+            yield record
 
 
 def _check_seen(file: InputFile, unseen: set[str], objects: int, options: ReadOptions) -> None:

@@ -385,12 +385,33 @@ def test_jsonl_column_in_none_of_the_first_objects(tmp_path: Path) -> None:
     assert refused(InputError, lambda: read(short)) == (
         f"{short} has no column 'text' in its first 2 objects; name another with --text-column"
     )
-    assert refused(InputError, lambda: read(late, limit=5)) == (
-        f"{late} has no column 'text' in its first 5 objects; name another with --text-column"
+    # With a limit it is the same objects that tell.
+    assert [row["reason"] for row in read(late, limit=5)] == ["text is missing"] * 5
+    assert refused(InputError, lambda: read(later, limit=5)) == (
+        f"{later} has no column 'text' in its first 1000 objects; name another with --text-column"
+    )
+    assert refused(InputError, lambda: read(short, limit=1)) == (
+        f"{short} has no column 'text' in its first 2 objects; name another with --text-column"
     )
     assert refused(InputError, lambda: read(short, text_column="body", id_column="mrn")) == (
         f"{short} has no column 'mrn' in its first 2 objects; name another with --id-column"
     )
+
+
+@pytest.mark.parametrize("after", ["\n \n", "\n{", '\n{"text": "z", "ward": "ICU"}\n{"text": "z"}'])
+def test_a_limit_where_a_column_is_still_looked_for(tmp_path: Path, after: str) -> None:
+    """Rows behind the limit are looked at and not read; what was read is the whole file where none is behind it."""
+    first = write_jsonl(tmp_path / "a.jsonl", {"text": "w", "ward": "ER"})
+    second = write(tmp_path / "b.jsonl", '{"text": "x"}\n{"text": "y", "ward": "ICU"}' + after)
+    source = reader(tmp_path, keep=("ward",), limit=3)
+    texts = [text for batch in source.batches() for text in batch.column("text").to_pylist()]
+    assert texts == ["w", "x", "y"]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (first, second)]
+    assert [record["sha256"] for record in source.inputs()] == [hashes[0], hashes[1] if after.isspace() else None]
+    source = reader(tmp_path, keep=("ward",), limit=2)
+    texts = [text for batch in source.batches() for text in batch.column("text").to_pylist()]
+    assert texts == ["w", "x"]
+    assert [(record["rows"], record["sha256"]) for record in source.inputs()] == [(1, hashes[0]), (1, None)]
 
 
 def test_jsonl_kept_column_in_none_of_the_first_objects(tmp_path: Path) -> None:
