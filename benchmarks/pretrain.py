@@ -179,10 +179,10 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("output", type=Path)
     parser.add_argument("--text", action="append", required=True, metavar="FILE[:COLUMN]")
-    parser.add_argument("--tokens", type=int, default=PretrainOptions.tokens)
-    parser.add_argument("--window", type=int, default=PretrainOptions.window)
-    parser.add_argument("--batch-size", type=int, default=PretrainOptions.batch_size)
-    parser.add_argument("--lr", type=float, default=PretrainOptions.lr)
+    for name in ("tokens", "window", "batch_size", "lr"):
+        # Not the class's attribute: where a class has slots, that is no value.
+        default = PretrainOptions.__dataclass_fields__[name].default
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--resume", action="store_true")
     given = vars(parser.parse_args())
     losses = pretrain(PretrainOptions(texts=tuple(given.pop("text")), **given))

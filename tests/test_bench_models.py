@@ -182,6 +182,17 @@ def test_pretraining_learns_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
+def test_pretraining_by_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command line does not name is what :class:`PretrainOptions` says."""
+    asked: list[pretrain.PretrainOptions] = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda options: asked.append(options) or [2.0, 1.0])
+    for more in ([], ["--lr", "1e-3", "--batch-size", "8", "--resume"]):
+        monkeypatch.setattr("sys.argv", ["pretrain.py", "base", "out", "--text", "a", "--text", "b:note", *more])
+        pretrain.main()
+    plain = pretrain.PretrainOptions("base", Path("out"), ("a", "b:note"))
+    assert asked == [plain, replace(plain, lr=1e-3, batch_size=8, resume=True)]
+
+
 def stop_after(n: int, items: Iterator[Any]) -> Iterator[Any]:
     """As Ctrl-C would."""
     yield from itertools.islice(items, n)
