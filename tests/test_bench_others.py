@@ -421,12 +421,13 @@ def test_reuse_in_words(tmp_path: Path) -> None:
     assert reuse.section(reuse_result(1.7)).splitlines() == [
         "## Reuse",
         "",
-        f"abc bundle, whole runs, 1 rounds; {DESCRIBED}. With and without reuse the tables of spans and of notes are "
+        f"abc bundle, whole runs in turn; {DESCRIBED}. With and without reuse the tables of spans and of notes are "
         "the same, byte for byte.",
         "",
-        "| corpus | rows | windows reused | times faster | target | seconds without | with | times, with start-up |",
-        "|---|---|---|---|---|---|---|---|",
-        "| patients | 1,000 | 25.0 % | **1.70** (1.00 to 3.00) | 1.6: met | 17.0 | 10.0 | 1.40 |",
+        "| corpus | rows | windows reused | rounds | times faster | target | seconds without | with | "
+        "times, with start-up |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| patients | 1,000 | 25.0 % | 1 | **1.70** (1.00 to 3.00) | 1.6: met | 17.0 | 10.0 | 1.40 |",
         "",
         "The patients are generated (`patients.py`, seed 13): 3 with 2 notes each. Later notes repeat 51.2% of their "
         "text from the same patient's earlier ones.",
