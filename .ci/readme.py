@@ -1,12 +1,13 @@
-"""Keeps README.md true: prints its commands for CI to run, and generates the help texts that it quotes.
+"""Keeps README.md true: prints its commands for CI to run, and generates the help texts and spans that it quotes.
 
 python .ci/readme.py --command first      # the shell block after <!-- command: first -->
-python .ci/readme.py --check | --write    # the blocks after <!-- help: COMMAND -->
+python .ci/readme.py --check | --write    # blocks after <!-- help: COMMAND -->, tables after <!-- spans: ROW ... -->
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
+EXAMPLES = README.parent / "examples" / "notes.jsonl"
+_TABLE = re.compile(r"(<!-- spans: (?P<rows>[\d ]+) -->\n)(?:\|.*\n)*")
 _BLOCK = r"(<!-- {kind}: {name} -->\n```\w*\n)(.*?)(\n```)"
 
 
@@ -41,6 +44,26 @@ def _help(name: str) -> str:
     return subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout.rstrip()
 
 
+def with_spans(text: str) -> str:
+    """The text with every table of spans as the default model finds them now in some of the example notes."""
+    notes = [json.loads(line)["text"] for line in EXAMPLES.read_text(encoding="utf-8").splitlines()]
+    arguments = [sys.executable, "-m", "medner.cli", "annotate", str(EXAMPLES), "-o", "-", "--device", "cpu", "--quiet"]
+    records = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = {record["row"]: record for record in map(json.loads, records)}
+
+    def table(match: re.Match[str]) -> str:
+        lines = ["| source | row | note_id | start | end | text | label | score |", "|---|---|---|---|---|---|---|---|"]
+        for row in map(int, match.group("rows").split()):
+            for span in found[row]["spans"]:
+                mention = notes[row][span["start"] : span["end"]].replace("\n", "↵")
+                # Two digits, which are the same on every processor.
+                cells = (found[row]["source"], row, found[row]["note_id"], span["start"], span["end"], mention)
+                lines.append(f"| {' | '.join(map(str, cells))} | {span['label']} | {span['score']:.2f} |")
+        return match.group(1) + "\n".join(lines) + "\n"
+
+    return _TABLE.sub(table, text)
+
+
 def main() -> None:
     """Run one of the three modes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,9 +75,9 @@ def main() -> None:
     if given.command:
         print(command(text, given.command))
     elif given.write:
-        README.write_text(with_help(text), encoding="utf-8")
-    elif with_help(text) != text:
-        raise SystemExit("README.md quotes an old help text: python .ci/readme.py --write")
+        README.write_text(with_spans(with_help(text)), encoding="utf-8")
+    elif with_spans(with_help(text)) != text:
+        raise SystemExit("README.md quotes an old help text or old spans: python .ci/readme.py --write")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,11 @@ Bools = npt.NDArray[np.bool_]
 PIECE_CHARS = 1 << 18
 
 _LINE_BREAK = re.compile(r"\r\n|\n|\r")
-_LIST_ITEM = re.compile(r"[ \t]*(?:[-*+•·▪◦●○■□‣–][ \t]|\(?(?:\d{1,2}|[A-Za-z])[.)][ \t])")
-_LABELLED = re.compile(r"[ \t]*[A-Z][\w&/()' -]{0,48}:(?:\s|$)")
+_MARKER = r"(?:[-*+•·▪◦●○■□‣–][ \t]|\(?(?:\d{1,2}|[A-Za-z])[.)][ \t])"
+_LIST_ITEM = re.compile(rf"[ \t]*{_MARKER}")
+_WITH_HEADING = re.compile(r"[ \t]*[A-Z][\w&/()' -]{0,48}:(?:\s|$)")
+#: Of three words at most: more of them before a colon may be prose.
+_LEADING_HEADING = re.compile(rf"\s*(?:{_MARKER}[ \t]*)?[A-Z][\w&/()'-]{{0,48}}(?: [\w&/()'-]{{1,48}}){{0,2}}:(?=\s)")
 _CJK = re.compile(
     r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
 )
@@ -85,8 +88,9 @@ def segments(text: str) -> list[int]:
     """Bounds of the segments of a text: ``[0, ..., len(text)]``; segment ``i`` is ``text[bounds[i]:bounds[i + 1]]``.
 
     Segments end at sentence ends (sentencex, a rule-based splitter of the Wikimedia Foundation), at blank lines, before
-    list items, and around headings. A lone line break inside a sentence does not cut, since clinical systems wrap
-    lines. Segments tile the text; a text of white space is one segment.
+    list items, around headings, and behind those of up to three words that lead a sentence or an item (``Allergies:
+    none``), so that both parts are reused where they come again. A lone line break inside a sentence does not cut,
+    since clinical systems wrap lines. Segments tile the text; a text of white space is one segment.
     """
     bounds = [0]
     for start, end in pairwise([*_block_starts(text), len(text)]):
@@ -96,7 +100,8 @@ def segments(text: str) -> list[int]:
             # White space leads the segment that follows it, as sub-word tokenizers of the BPE kind expect.
             cut = _before_space(text, bounds[-1], cut)
             if cut > bounds[-1]:
-                bounds.append(cut)
+                heading = _LEADING_HEADING.match(text, bounds[-1], cut)
+                bounds += [heading.end(), cut] if heading else [cut]
     if len(bounds) == 1 and text:
         return [0, len(text)]
     bounds[-1] = len(text)
@@ -131,7 +136,7 @@ def _breaks(before: str, line: str) -> bool:
     before = before.strip()
     if not before or before.endswith(":"):
         return True
-    if _LIST_ITEM.match(line) or _LABELLED.match(line):
+    if _LIST_ITEM.match(line) or _WITH_HEADING.match(line):
         return True
     # A heading in capitals stands out from its neighbours; a note all in capitals has none.
     return _in_capitals(before) != _in_capitals(line.strip())

@@ -83,7 +83,10 @@ def test_where_pieces_are_cut(text: str, pieces: list[str]) -> None:
 def test_pieces_do_not_split_words(text: str, limit: int) -> None:
     """Where no word fills half a piece, no piece ends inside a word of the basic tokenizer."""
     words = basic_words(text)
-    assume(all(end - start < limit // 2 for start, end in words))
+    # What BERT drops, such as control characters, joins what it parts: to a cut they are letters.
+    dropped = {c for c in text if c == "\ufffd" or (c not in "\t\n\r" and unicodedata.category(c).startswith("C"))}
+    kept = "".join("a" if c in dropped else c for c in text)
+    assume(all(end - start < limit // 2 for start, end in basic_words(kept)))
     cuts = {start for start, _ in windows.pieces(text, limit)}
     assert not [word for word in words for at in cuts if word[0] < at < word[1]]
 
@@ -146,7 +149,13 @@ def test_white_space_beyond_ascii() -> None:
             ["ASSESSMENT", "\nThe patient has\nasthma.", "\nPLAN", "\nRest"],
         ),
         ("she has the following:\nfever", ["she has the following:", "\nfever"]),
-        ("seen with\nAllergies: penicillin\ncauses rash", ["seen with", "\nAllergies: penicillin\ncauses rash"]),
+        ("seen with\nAllergies: penicillin\ncauses rash", ["seen with", "\nAllergies:", " penicillin\ncauses rash"]),
+        # A heading leads a sentence or an item, and something follows it.
+        ("Lungs: clear. Past Surgical History: none", ["Lungs:", " clear.", " Past Surgical History:", " none"]),
+        ("• Eyes (both):  red\n- CC: pain", ["• Eyes (both):", "  red", "\n- CC:", " pain"]),
+        ("(a) MSK: normal\nPlan: ", ["(a) MSK:", " normal", "\nPlan: "]),
+        ("We found two genes: both new", ["We found two genes: both new"]),
+        ("Seen at 10:30. Ratio A:B rose", ["Seen at 10:30.", " Ratio A:B rose"]),
         ("seen at\nthe time: 12\nto 13", ["seen at\nthe time: 12\nto 13"]),
         ("the ratio was\nA:B and fell", ["the ratio was\nA:B and fell"]),
         ("we asked for a\nCT\nof the head", ["we asked for a\nCT\nof the head"]),
