@@ -56,7 +56,7 @@ def with_spans(text: str) -> str:
         for row in map(int, match.group("rows").split()):
             for span in found[row]["spans"]:
                 mention = notes[row][span["start"] : span["end"]].replace("\n", "↵")
-                # Two digits, which are the same on every processor.
+                # Two digits: by the later ones processors may differ.
                 cells = (found[row]["source"], row, found[row]["note_id"], span["start"], span["end"], mention)
                 lines.append(f"| {' | '.join(map(str, cells))} | {span['label']} | {span['score']:.2f} |")
         return match.group(1) + "\n".join(lines) + "\n"
