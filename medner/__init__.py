@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = ["Annotator", "Options", "Span", "load"]
+
+# Onnxruntime reports its use to its makers, with what an error says of a note's tokens, unless this is set before it is
+# imported, by whatever library; child processes inherit it.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 def load(model: str | Path = "default", options: Options | None = None) -> Annotator:

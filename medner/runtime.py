@@ -508,6 +508,8 @@ def _onnxruntime() -> Any:
         raise MissingPackage(
             'onnxruntime is not installed: pip install "medner[cpu]", or "medner[gpu]" on a machine with CUDA'
         ) from exc
+    # Where another package imported it before medner set the variable that keeps it silent (medner/__init__.py).
+    onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 

@@ -72,9 +72,15 @@ class Offline:
         return self.blocker / "attempts"
 
     @property
+    def home(self) -> Path:
+        """The home directory of the commands."""
+        return self.folder / "home"
+
+    @property
     def attempts(self) -> str:
-        """What was asked for so far."""
-        return self.log.read_text() if self.log.exists() else ""
+        """What was asked for so far, and what onnxruntime keeps in order to report it: its sockets are not Python's."""
+        kept = [str(path) for path in self.home.rglob("*") if "onnxruntime" in path.name]
+        return (self.log.read_text() if self.log.exists() else "") + "\n".join(kept)
 
     def run(self, *command: object) -> subprocess.CompletedProcess[str]:
         """Run a command. No variable tells the libraries of Hugging Face that there is no network."""
@@ -83,7 +89,9 @@ class Offline:
             "PYTHONPATH": os.pathsep.join([str(self.blocker), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "MEDNER_TEST_NETWORK": str(self.log),
             "HF_HOME": str(self.folder / "hf"),
+            "HOME": str(self.home),
         }
+        kept.pop("ORT_DISABLE_TELEMETRY", None)
         return subprocess.run(
             [*self.namespace, *map(str, command)], cwd=self.folder, env=kept | self.variables, capture_output=True,
             text=True, check=False,
@@ -131,6 +139,28 @@ def test_every_way_to_ask_is_noted(offline: Offline, way: str) -> None:
     """A library's request, a bare socket, a child process and a thread are all seen, and get no answer."""
     assert offline.run(sys.executable, "-P", "-c", ASK[way]).returncode != 0
     assert offline.attempts
+
+
+FAIL = f"""
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession({TINY + "/onnx/model.onnx"!r})
+try:
+    session.run(None, {{each.name: numpy.full((1, 3), 999999) for each in session.get_inputs()}})
+except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument:
+    print("failed")
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import onnxruntime, medner; medner.load('tiny')", "import medner"])
+def test_onnxruntime_reports_nothing(offline: Offline, first: str) -> None:
+    """It would keep, to be sent, what an error says of a batch; not with medner, nor if it was imported before that."""
+    done = offline.run(sys.executable, "-P", "-c", f"{first}\n{FAIL}")
+    assert (done.returncode, done.stdout) == (0, "failed\n"), done.stderr
+    kept = b"".join(path.read_bytes() for path in offline.home.rglob("*") if path.is_file())
+    if not first and b"999999" not in kept:
+        pytest.skip("this build of onnxruntime reports nothing")
+    assert (b"999999" in kept) == (not first)
+    assert (offline.attempts == "") == (first == "import medner")
 
 
 def test_talk_within_the_machine_is_none(offline: Offline) -> None:
