@@ -221,13 +221,15 @@ class Encoded:
     inputs: for each window its token ids, and its class indices (``IGNORED`` where there is none), specials included;
     with teachers, also their probabilities, float16 [tokens, classes], and ``hard``, the labels' share of the loss.
     owner: for each window the index of its document; the labelled tokens of a document's windows, in order, are its
-    words. words: for each document the code-point offsets of its words, [n_words, 2].
+    words. words: for each document the code-point offsets of its words, [n_words, 2]. segments: for each document the
+    words at which its segments begin, and the number of its words: [n_segments + 1].
     """
 
     documents: Sequence[Document]
     inputs: list[dict[str, Any]]
     owner: list[int]
     words: list[Ints]
+    segments: list[Ints]
 
 
 def encode(
@@ -240,23 +242,26 @@ def encode(
 ) -> Encoded:
     """Cut documents into windows of at most ``window`` tokens with a label on each word's first sub-token.
 
-    Words that share a token count as one. Of tokens that two windows share, each is labelled in the window that
-    answers for it. packed: as for :func:`medner.windows.pack`.
+    Of tokens that two windows share, each is labelled in the window that answers for it. packed: as for
+    :func:`medner.windows.pack`.
     """
     capacity = window - len(encoder.prefix) - len(encoder.suffix)
     index = {tag: i for i, tag in enumerate(tags)}
     bounds = [_segment_bounds(document.text) for document in documents]
     pairs = [(d, low, high) for d, edges in enumerate(bounds) for low, high in pairwise(edges)]
     tokens = encoder.tokenize([documents[d].text[low:high] for d, low, high in pairs])
-    encoded = Encoded(documents, [], [], [])
+    encoded = Encoded(documents, [], [], [], [])
     first = 0
     for number, document in enumerate(documents):
         last = first + len(bounds[number]) - 1
-        words, word_token = _words(tokens, first, last, bounds[number])
+        words = _words(tokens, first, last, bounds[number])
+        begin, first_word = tokens.bounds[first], tokens.word_bounds[first]
+        segments = tokens.word_bounds[first : last + 1] - first_word
         encoded.words.append(words)
-        begin = tokens.bounds[first]
+        encoded.segments.append(segments)
         labels = np.full(tokens.bounds[last] - begin, IGNORED)
-        labels[word_token - begin] = [index[tag] for tag in _word_tags(words, document.spans)]
+        word_token = tokens.word_token[first_word : first_word + len(words)]
+        labels[word_token - begin] = [index[tag] for tag in _word_tags(words, document.spans, segments)]
         for part in windows.pack(tokens.bounds, first, last, capacity, packed=packed):
             inside = np.full(part.end - part.start, IGNORED)
             inside[part.own_start - part.start : part.own_end - part.start] = labels[
@@ -277,25 +282,25 @@ def _segment_bounds(text: str) -> list[int]:
     return bounds
 
 
-def _words(tokens: windows.Tokens, first: int, last: int, bounds: Sequence[int]) -> tuple[Ints, Ints]:
-    """Words of the segments ``first:last``: offsets in the document, [n_words, 2], and their tokens, [n_words]."""
+def _words(tokens: windows.Tokens, first: int, last: int, bounds: Sequence[int]) -> Ints:
+    """Words of the segments ``first:last``: offsets in the document, [n_words, 2]."""
     chars = [tokens.chars(segment) + start for segment, start in zip(range(first, last), bounds, strict=False)]
-    words = np.concatenate([np.zeros((0, 2), dtype=np.int64), *chars])
-    word_token, begins = np.unique(
-        tokens.word_token[tokens.word_bounds[first] : tokens.word_bounds[last]], return_index=True
-    )
-    ends = np.append(begins, len(words))[1:] - 1
-    return np.stack([words[begins, 0], words[ends, 1]], axis=1), word_token
+    return np.concatenate([np.zeros((0, 2), dtype=np.int64), *chars])
 
 
-def _word_tags(words: Ints, spans: Iterable[Span]) -> list[str]:
-    """IOB2 tags of words: each word that overlaps a span belongs to it, the first to ``B-``; earlier spans win."""
+def _word_tags(words: Ints, spans: Iterable[Span], segments: Ints) -> list[str]:
+    """IOB2 tags of words: each word that overlaps a span belongs to it; earlier spans win.
+
+    The first word is ``B-``, and so is one with which a segment begins, since no mention that is found crosses a
+    segment's end.
+    """
     tags = ["O"] * len(words)
+    begins = set(segments.tolist())
     free = 0
     for start, end, label in spans:
         first = max(free, int(np.searchsorted(words[:, 1], start, side="right")))
         free = max(first, int(np.searchsorted(words[:, 0], end, side="left")))
-        tags[first:free] = [f"{'I' if word > first else 'B'}-{label}" for word in range(first, free)]
+        tags[first:free] = [f"{'B' if word == first or word in begins else 'I'}-{label}" for word in range(first, free)]
     return tags
 
 
@@ -814,14 +819,21 @@ def _collate(items: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Any]:
 
 
 def _decode(encoded: Encoded, predicted: Iterable[npt.NDArray[Any]], tags: Sequence[str]) -> list[list[Span]]:
-    """Spans of each document in code points, from the class index of each token of each window."""
+    """Spans of each document in code points, from the class index of each token of each window.
+
+    As in annotation, none crosses a segment's end.
+    """
     found: list[list[str]] = [[] for _ in encoded.documents]
     for owner, item, classes in zip(encoded.owner, encoded.inputs, predicted, strict=True):
         marks = np.array(item["labels"])
         found[owner] += [tags[i] for i in classes[: len(marks)][marks != IGNORED].tolist()]
     return [
-        [(int(words[first, 0]), int(words[last - 1, 1]), label) for first, last, label in datasets.entities(sequence)]
-        for words, sequence in zip(encoded.words, found, strict=True)
+        [
+            (int(words[low + first, 0]), int(words[low + last - 1, 1]), label)
+            for low, high in pairwise(segments.tolist())
+            for first, last, label in datasets.entities(sequence[low:high])
+        ]
+        for words, segments, sequence in zip(encoded.words, encoded.segments, found, strict=True)
     ]
 
 

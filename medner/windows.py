@@ -155,7 +155,7 @@ class Tokens:
     """The tokens and words of one sequence of segments, flat.
 
     ids: int64 [n_tokens], without special tokens. bounds: int64 [n_segments + 1], first token of each segment.
-    word_token: int64 [n_words], the token that carries the word's label, ascending. word_bounds: int64
+    word_token: int64 [n_words], the token that carries the word's label, ascending, each once. word_bounds: int64
     [n_segments + 1], first word of each segment.
     """
 
@@ -180,8 +180,8 @@ class WordTokenizer:
     """A model's tokenizer together with the words that carry labels.
 
     A word is what BERT's basic tokenizer makes of the text (Devlin et al. 2019): runs of characters between white
-    space, with every punctuation mark and every CJK character alone. A word's label is that of the token which holds
-    its first character, for BERT its first sub-token.
+    space, with every punctuation mark and every CJK character alone; where one token holds several, they are one. A
+    word's label is that of the token which holds its first character, for BERT its first sub-token.
 
     Not safe to share between threads: make one per thread.
     """
@@ -241,7 +241,7 @@ class WordTokenizer:
                 owners[:] = np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int64, len(owners))
             starts_word[1:] = owners[1:] != owners[:-1]
             starts_word[bounds[:-1][bounds[:-1] < len(owners)]] = True
-        # A token may begin several words there, or none.
+        # A token may begin no word there.
         general_tokens: list[Ints] = []
         for segment, encoding in zip(general, words, strict=True):
             chars, first = _words_and_tokens(encoding.offsets, encodings[segment].offsets)
@@ -256,14 +256,18 @@ class WordTokenizer:
 def _words_and_tokens(words: list[tuple[int, int]], tokens: list[tuple[int, int]]) -> tuple[Ints, Ints]:
     """The words that at least one token reads, [n, 2], and the token that holds each one's first character, [n].
 
-    Where no token holds the first character (the tokenizer dropped it), the next token inside the word counts.
+    Where no token holds the first character (the tokenizer dropped it), the next token inside the word counts. Words
+    that share a token count as one: a token has one label, and "covid-19" that is one token is one mention.
     """
     spans = np.array(words, dtype=np.int64).reshape(-1, 2)
     offsets = np.array(tokens, dtype=np.int64).reshape(-1, 2)
     first = np.searchsorted(offsets[:, 1], spans[:, 0], side="right")
     read = first < len(offsets)
     read[read] = offsets[first[read], 0] < spans[read, 1]
-    return spans[read], first[read]
+    spans = spans[read]
+    first, begins = np.unique(first[read], return_index=True)
+    ends = np.append(begins, len(spans))[1:] - 1
+    return np.stack([spans[begins, 0], spans[ends, 1]], axis=1), first
 
 
 def _basic_tokenizer() -> Tokenizer:

@@ -327,9 +327,14 @@ def test_roberta(roberta: tuple[Path, Path]) -> None:
             for (a, b), e in zip(segments, encoded, strict=True):
                 own = probabilities[done : done + len(e["input_ids"])]
                 done += len(own)
-                tags, scores, words = [], [], basic_words(text[a:b])
-                for low, _ in words:
+                tags, scores, words, before = [], [], [], None
+                for low, high in basic_words(text[a:b]):
                     (token,) = (i for i, (x, y) in enumerate(e["offset_mapping"]) if x <= low < y)
+                    if token == before:  # words that share a token are one
+                        words[-1] = (words[-1][0], high)
+                        continue
+                    words.append((low, high))
+                    before = token
                     tags.append(model.config.id2label[int(own[token].argmax())])
                     scores.append(float(own[token].max()))
                 for label, first, last in seqeval.get_entities(tags):

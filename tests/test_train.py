@@ -109,6 +109,16 @@ def test_spans_that_touch_and_spans_inside_a_word(encoder: WordTokenizer) -> Non
     assert encoded.inputs[0]["labels"] == [-100, 3, 1, -100, 0, -100]
 
 
+def test_a_mention_that_crosses_a_segments_end(encoder: WordTokenizer) -> None:
+    """It is labelled, and found again, as two: no mention that annotation finds crosses a segment's end."""
+    encoded = encode([Document("a", "gouty pain. knee pain", ((0, 16, "Problem"),))], encoder, TAGS, 32)
+    assert [bounds.tolist() for bounds in encoded.segments] == [[0, 3, 5]]
+    labels = encoded.inputs[0]["labels"]
+    assert labels == [-100, 1, -100, 2, 2, 1, 0, -100]
+    joined = np.array([2 if label == 1 else label for label in labels])
+    assert training._decode(encoded, [joined], TAGS) == [[(0, 11, "Problem"), (11 + 1, 16, "Problem")]]
+
+
 @pytest.mark.parametrize("window", [8, 11, 64])
 def test_every_word_is_labelled_once_whatever_the_window(encoder: WordTokenizer, window: int) -> None:
     """A long sentence is cut with overlap; its words keep one label each, and the labels give the spans back."""

@@ -303,6 +303,18 @@ def test_words_and_tokens_worked_by_hand() -> None:
     assert (TINY.prefix, TINY.suffix, TINY.unknown_id, TINY.pad_id) == ((2,), (3,), 1, 0)
 
 
+def test_words_that_share_a_token_are_one() -> None:
+    """An added token "covid-19" has one label, and so one word: covid, - and 19 would be three mentions."""
+    config = json.loads(tiny_json())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    config["added_tokens"].append({"id": len(config["model"]["vocab"]), "content": "covid-19", **flags})
+    tokens = WordTokenizer(json.dumps(config)).tokenize(["fever, covid-19 fever", "heart-ache"])
+    assert tokens.chars(0).tolist() == [[0, 5], [5, 6], [7, 15], [16, 21]]
+    assert tokens.chars(1).tolist() == [[0, 5], [5, 6], [6, 10]]
+    assert tokens.word_token.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert tokens.word_bounds.tolist() == [0, 4, 7]
+
+
 def test_nothing_to_tokenize() -> None:
     """No segments give no tokens and no words."""
     tokens = TINY.tokenize([])
