@@ -78,10 +78,16 @@ def export(options: ExportOptions) -> str:
         samples = verify.samples(checkpoint, data) if len(graphs) > 1 else []
         failures: list[CheckFailed] = []
         for precision, make in (("int8", _int8), ("fp16", _fp16)):
-            failure = make(gate, graphs, samples, options.checkpoint) if precision in graphs else None
+            if precision not in graphs:
+                continue
+            try:
+                failure = make(gate, graphs, samples, options.checkpoint)
+            except ModelError as exc:
+                gate.report.variants.pop(precision, None)
+                failure = CheckFailed(f"the {precision} variant was not written: {exc}")
             if failure is not None:
                 failures.append(failure)
-                graphs[precision].unlink()
+                graphs[precision].unlink(missing_ok=True)
         if "fp32" not in options.precisions:
             graphs["fp32"].unlink()
         if any(graph.exists() for graph in graphs.values()):
@@ -116,13 +122,9 @@ def _fp16(
     with tempfile.TemporaryDirectory() as scratch:
         rounded = Path(scratch) / "rounded.onnx"
         gate.report.fp16_operators = str(half.to_fp16(graphs["fp32"], graphs["fp16"], samples, config, rounded))
-        try:
-            for graph in (graphs["fp16"], rounded):
-                if not gate.check("fp16", graph).passed:
-                    return verify.failure("fp16", gate.report)
-        except ModelError as exc:
-            gate.report.variants.pop("fp16", None)
-            return CheckFailed(f"parity gate: the fp16 variant failed on {gate.report.data} and was not written: {exc}")
+        for graph in (graphs["fp16"], rounded):
+            if not gate.check("fp16", graph).passed:
+                return verify.failure("fp16", gate.report)
     return None
 
 

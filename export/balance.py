@@ -48,6 +48,7 @@ def balance(graph: Graph, products: Sequence[onnx.NodeProto], blocks: Sequence[B
     dense = {layer.total: layer for layer in (_dense(graph, product) for product in products) if layer is not None}
     found = _balanceable(graph, products, blocks, dense)
     if not found:
+        graph.finish()
         return 0
     sizes = _sizes(graph, [activation.name for activation in found], samples)
     for activation in found:

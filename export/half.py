@@ -74,7 +74,7 @@ def to_fp16(
     original = onnx.load(str(source))
     types = _types(original)
     model, fused = fuse(original)
-    _check_fused(source, fused, config or {})
+    _check_fused(fused, config or {})
     Graph(model).finish()  # constants become weights
     graph = Graph(model)
     floats = {name for item in graph.model.graph.node for name in item.output if types.get(name) == TensorProto.FLOAT}
@@ -96,7 +96,7 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
     return {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
 
 
-def _check_fused(source: Path, fused: Fused, config: Mapping[str, Any]) -> None:
+def _check_fused(fused: Fused, config: Mapping[str, Any]) -> None:
     """Raise :class:`ModelError` where a known architecture did not become fused operators."""
     layers = config.get("num_hidden_layers", config.get("n_layers"))
     if config.get("model_type") not in _FUSED or layers is None:
@@ -105,9 +105,9 @@ def _check_fused(source: Path, fused: Fused, config: Mapping[str, Any]) -> None:
     expected = Fused(layers, 2 * layers, gelus, 0)
     if fused != expected:
         raise ModelError(
-            f"{source}: {fused.attention} attention, {fused.normalizations} normalization and {fused.gelus} GELU were "
-            f"fused, not {expected.attention}, {expected.normalizations} and {expected.gelus}, and {fused.shapes} "
-            "nodes compute with shapes: this graph has another form; leave out --precision fp16"
+            f"{fused.attention} attention, {fused.normalizations} normalization and {fused.gelus} GELU were fused, not "
+            f"{expected.attention}, {expected.normalizations} and {expected.gelus}, and {fused.shapes} nodes compute "
+            "with shapes: this graph has another form; leave out --precision fp16"
         )
 
 

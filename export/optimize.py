@@ -82,7 +82,7 @@ def to_int8(source: Path, target: Path, samples: Sequence[Ints] = (), static_bit
     graph = Graph(model)
     tables, products = _word_embeddings(graph), _constant_products(graph)
     if not products or not tables:
-        raise ModelError(f"{source}: {len(products)} matrix products and {len(tables)} embedding tables to quantize")
+        raise ModelError(f"{len(products)} matrix products and {len(tables)} embedding tables to quantize")
     balanced = balance(graph, products, blocks, samples) if samples else 0
     graph = Graph(model)
     tables, products = _word_embeddings(graph), _constant_products(graph)
@@ -95,7 +95,7 @@ def to_int8(source: Path, target: Path, samples: Sequence[Ints] = (), static_bit
     answer_in_the_graph(graph)
     graph.finish()
     if left := _matrices_left(graph):
-        raise ModelError(f"{source}: int8 is for graphs of Optimum's; these nodes keep fp32 weights: {', '.join(left)}")
+        raise ModelError(f"int8 does not know this architecture; these nodes keep fp32 weights: {', '.join(left)}")
     onnx.checker.check_model(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, str(target))

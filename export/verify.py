@@ -29,8 +29,8 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
     """The bundle with the window that scores best on labelled documents, and the F1 of each window tried.
 
     Tried are windows of one segment each, then windows packed with as many segments as fit, up to the first that holds
-    every document whole: longer ones cannot be told apart. Raises :class:`InputError` where the data is not labelled or
-    holds single sentences, which tell no windows apart.
+    every document whole: longer ones cannot be told apart. Raises :class:`InputError` where the data is not labelled,
+    holds single sentences, which tell no windows apart, or nothing that is labelled is found in any window.
     """
     if not data.labelled:
         raise InputError(f"--window auto needs labelled documents; {data.name} holds none: pass --window N")
@@ -50,6 +50,11 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
         if annotator.counts.inferred + annotator.counts.reused <= len(data.documents):
             break
     best = max(tried.values())
+    if not best:
+        raise InputError(
+            f"--window auto: the model finds no labelled mention of {data.name}, which tells no windows apart; "
+            "look at its labels, or pass --window N"
+        )
     near = [sizes[name] for name, f1 in tried.items() if f1 >= best - WINDOW_TOLERANCE]
     return max(near, key=lambda sized: (sized.window, sized.packed)), tried
 

@@ -150,13 +150,20 @@ def load_checkpoint(checkpoint: str | Path, window: int | None = None) -> Bundle
     files = _foreign_files(path)
     limit = _position_limit(path)
     if window is None:
-        metrics = _read_json(path, "metrics.json") if os.path.lexists(path / "metrics.json") else {}
-        recorded = metrics.get("options")
-        window = recorded.get("window") if isinstance(recorded, dict) else None
-        if type(window) is not int:
+        window = _recorded_window(path)
+        if window is None:
             window = min(FOREIGN_WINDOW, limit)
     window = _check_window(window, limit, path.name)
     return Bundle(path, path.name, _labels_of(path), window, True, {}, files, True)
+
+
+def _recorded_window(path: Path) -> int | None:
+    """What ``medner train`` recorded; None where it did not, though another program may have a file of that name."""
+    try:
+        window = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["options"]["window"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return window if type(window) is int else None
 
 
 def _locate(model: str) -> tuple[Path, str]:
@@ -345,6 +352,16 @@ def _check_labels(labels: Any, place: Path) -> tuple[str, ...]:
     return tuple(labels)
 
 
+def positions(config: Mapping[str, Any]) -> int | None:
+    """Tokens that the position embeddings of a ``config.json`` can tell apart; None where it does not say."""
+    limit = config.get("max_position_embeddings")
+    if not limit:
+        return None
+    # These number positions from pad_token_id + 1.
+    from_padding = config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "longformer")
+    return int(limit) - (int(config.get("pad_token_id", 1)) + 1 if from_padding else 0)
+
+
 def _position_limit(path: Path, *, tokenizer_config: bool = True) -> int:
     """Tokens, special ones included, that the model's position embeddings can tell apart; at most ``_MAX_WINDOW``.
 
@@ -352,10 +369,7 @@ def _position_limit(path: Path, *, tokenizer_config: bool = True) -> int:
     """
     config = _read_json(path, "config.json")
     try:
-        limit = int(config.get("max_position_embeddings") or 512)
-        if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "longformer"):
-            # These number positions from pad_token_id + 1.
-            limit -= int(config.get("pad_token_id", 1)) + 1
+        limit = positions(config) or 512
     except (TypeError, ValueError, OverflowError) as exc:
         raise ModelError(f"{path / 'config.json'}: positions that are no numbers ({_shown(exc)})") from exc
     if tokenizer_config and os.path.lexists(path / _TOKENIZER_CONFIG):

@@ -252,7 +252,7 @@ def work_of(data: ParityData, device: str) -> Work:
     """Notes for a few seconds of work, taken evenly over all of them."""
     kind = device.partition(":")[0]
     texts = [document.text for document in data.documents]
-    average = sum(map(len, texts)) / len(texts)
+    average = max(1.0, sum(map(len, texts)) / len(texts))
     return Work(spread(texts, max(1, int(STREAM_CHARS[kind] / average))), spread(texts, LATENCY_NOTES), BUDGETS[kind])
 
 

@@ -130,7 +130,7 @@ def _parse_tag(tag: str) -> tuple[str, str]:
         return "O", ""
     if tag in _PREFIXES:
         return tag, UNNAMED
-    if len(tag) > 2 and tag[1] == "-" and tag[0] in _PREFIXES:
+    if len(tag) > 2 and tag[1] in "-_" and tag[0] in _PREFIXES:
         return tag[0], tag[2:]
     return "I", tag
 
@@ -195,7 +195,7 @@ def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
     tokens: list[str] = []
     tags: list[str] = []
     styles: set[bool] = set()
-    count = 0
+    count, outside = 0, False
     for number, line in enumerate([*lines, ""], start=1):
         if line.strip() and not line.startswith("-DOCSTART-"):
             fields = line.split("\t") if "\t" in line else line.split()
@@ -204,13 +204,22 @@ def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
             tokens.append(fields[0])
             tags.append(fields[-1].strip())
             # A column of words read as tags would give a label each; the tag itself is not shown, it may be text.
-            if tags[-1] != "O":
+            if tags[-1] == "O":
+                outside = True
+            else:
                 styles.add(tags[-1] in _PREFIXES or _parse_tag(tags[-1])[1] != tags[-1])
             if len(styles) > 1:
                 raise InputError(f"{path}:{number}: some tags have a prefix such as B- or I-, this one differs")
+            if len(tags[-1].split()) > 1:
+                raise InputError(f"{path}:{number}: the last column holds several words; expected a token and a tag")
         elif tokens:
             yield of_tokens(f"{path.stem}-{count}", tokens, tags)
             tokens, tags, count = [], [], count + 1
+    if styles == {False} and not outside:
+        raise InputError(
+            f"{path}: no line ends in the tag O or one such as B-Disease, so this is no CoNLL file; give notes without "
+            "labels as .jsonl, .csv or .parquet"
+        )
 
 
 def _read_pubtator(path: Path, lines: Sequence[str]) -> list[Document]:
@@ -266,6 +275,8 @@ def _read_jsonl(path: Path, lines: Sequence[str]) -> Iterator[Document]:
             raise InputError(f"{path}:{number}: not JSON") from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise InputError(f'{path}:{number}: expected an object with a "text"')
+        if not record["text"].isascii() and re.search("[\ud800-\udfff]", record["text"]):
+            raise InputError(f"{path}:{number}: the text holds half a surrogate pair, which is no character")
         if not isinstance(record.get("spans"), list):
             raise InputError(f'{path}:{number}: expected a list "spans"; an unlabelled file cannot train or score')
         name = next((str(record[key]) for key in ("id", "note_id") if record.get(key) is not None), f"row-{number}")

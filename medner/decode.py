@@ -14,6 +14,9 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 _TAG = re.compile(r"([BIESLU])[-_](.+)")
+_SUFFIXED = re.compile(r"(.+)[-_]([BIESLU])")
+#: Classes of padding, special tokens and sub-tokens that some training scripts add; they mean what O means.
+_NOTHING = frozenset({"PAD", "[PAD]", "<pad>", "<PAD>", "X", "[CLS]", "[SEP]", "<s>", "</s>", "[UNK]", "<unk>"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,22 @@ def tag_set(labels: tuple[str, ...]) -> TagSet:
     """Understand the labels of IO, IOB1, IOB2, BIOES and BILOU models.
 
     In IO the labels are the types themselves. IOB1 needs no rule of its own: there ``B-`` stands only where two spans
-    of one type touch, and an ``I-`` that follows nothing opens a span in any scheme.
+    of one type touch, and an ``I-`` that follows nothing opens a span in any scheme. Beside labels with prefixes, one
+    for padding or the like (``PAD``, ``X``, ``[CLS]``) counts as O.
+
+    Raises :class:`ModelError` for labels of no such scheme.
     """
     if "O" not in labels:
         raise ModelError(f"no label O among {', '.join(labels[:8])}; this is not a tagging model")
     tagged = [label for label in labels if label != "O"]
+    if any(_TAG.fullmatch(label) for label in tagged):
+        tagged = [label for label in tagged if label not in _NOTHING]
     prefixed = all(_TAG.fullmatch(label) for label in tagged)
+    if not prefixed and (odd := _odd_label(tagged)):
+        raise ModelError(
+            f"the label {odd} is of no scheme that is known (IO, IOB1, IOB2, BIOES, BILOU): rename the labels in "
+            "config.json"
+        )
     parts = {label: _TAG.fullmatch(label) if prefixed else None for label in tagged}
     names = {label: match.group(2) if match else label for label, match in parts.items()}
     kinds = {label: match.group(1) if match else "I" for label, match in parts.items()}
@@ -51,6 +64,16 @@ def tag_set(labels: tuple[str, ...]) -> TagSet:
         np.array([kinds.get(label, "O") in "BSU" for label in labels], dtype=np.bool_),
         np.array([kinds.get(label, "O") in "ELSU" for label in labels], dtype=np.bool_),
     )
+
+
+def _odd_label(labels: list[str]) -> str | None:
+    """Of labels that do not all have a prefix, one that shows that they are no types by themselves."""
+    for pattern, type_group in ((_TAG, 2), (_SUFFIXED, 1)):
+        matches = {label: match for label in labels if (match := pattern.fullmatch(label))}
+        types = [match.group(type_group) for match in matches.values()]
+        if len(set(types)) < len(types):
+            return next((label for label in labels if label not in matches), labels[0])
+    return None
 
 
 def best(logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]:

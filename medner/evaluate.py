@@ -19,7 +19,7 @@ Found = list[list[Span]]
 def open_model(model: str, options: Options | None = None) -> Annotator:
     """An annotator for a bundle, a foreign ONNX model, or a PyTorch checkpoint directory."""
     path = Path(model)
-    weights = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+    weights = [f"{name}{part}" for name in ("model.safetensors", "pytorch_model.bin") for part in ("", ".index.json")]
     if any((path / name).is_file() for name in weights) and not any(path.glob("**/*.onnx")):
         from medner.pytorch import torch_annotator
 
@@ -28,13 +28,22 @@ def open_model(model: str, options: Options | None = None) -> Annotator:
 
 
 def evaluate(annotator: Annotator, documents: Sequence[Document]) -> score.Scores:
-    """Strict scores; where the model knows a single label, the data set's finer labels count as that one."""
+    """Strict scores, on the labels of :func:`fit_labels`."""
     return score.evaluate(fit_labels(annotator, documents), find(annotator, documents))
 
 
 def fit_labels(annotator: Annotator, documents: Sequence[Document]) -> list[Document]:
-    """Give all gold spans the model's label where it has only one."""
-    return datasets.relabel(documents, annotator.types[0]) if len(annotator.types) == 1 else list(documents)
+    """The documents with the labels that a model of a single label can find.
+
+    Where the data set has that label, too, the others are of something else and left out; where it has not, its labels
+    are finer ones and all count as the model's.
+    """
+    if len(annotator.types) != 1:
+        return list(documents)
+    (label,) = annotator.types
+    if label not in datasets.labels_of(documents):
+        return datasets.relabel(documents, label)
+    return [replace(d, spans=tuple(span for span in d.spans if span[2] == label)) for d in documents]
 
 
 def find(annotator: Annotator, documents: Sequence[Document]) -> Found:

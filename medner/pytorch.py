@@ -62,8 +62,13 @@ class TorchModel:
 
 
 def torch_annotator(checkpoint: str | Path, options: Options | None = None) -> Annotator:
-    """An annotator that runs a PyTorch checkpoint on windows cut exactly as for a bundle."""
+    """An annotator that runs a PyTorch checkpoint in fp32 on windows cut exactly as for a bundle.
+
+    Raises :class:`ModelError` for another precision.
+    """
     options = options or Options()
+    if options.precision not in ("auto", "fp32"):
+        raise ModelError(f"{checkpoint}: a checkpoint is run in fp32 and has no {options.precision}; export it first")
     bundle = bundles.load_checkpoint(checkpoint, options.window)
     return Annotator(bundle, TorchModel(checkpoint), options, precision="fp32")
 

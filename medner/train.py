@@ -6,6 +6,7 @@ will see: a word's label stands on its first sub-token, and no window is longer 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from medner import datasets, sources, windows
+from medner import bundle, datasets, sources, windows
 from medner.datasets import Document, Span
 from medner.errors import InputError, MissingPackage, ModelError, OutputError, UsageError
 from medner.score import tags_of
@@ -177,8 +178,10 @@ def train(options: TrainOptions) -> TrainResult:
     _check_window(options.window, model.config, tokenizer, encoder)
     for teacher in options.teachers:
         _check_teacher(teacher, options, tags, tokenizer, encoder)
-    last = _claim(options, precision)
     encoded = {split: encode(documents, encoder, tags, options.window) for split, documents in data.items()}
+    if not encoded["devel"].inputs:
+        raise InputError(f"{', '.join(options.data)}: the devel split holds no word")
+    last = _claim(options, precision, data)
     samples = encode([Document("sample", text, ()) for text in SAMPLES], encoder, tags, options.window)
     weights = class_weights(encoded["train"], len(tags), shares) if options.class_weights else None
     if options.teachers:
@@ -408,6 +411,12 @@ def _prepare(
     """Documents by split, the share of the loss that the labels of each of train have beside teachers, tags by class
     index, transformers' tokenizer and ours.
     """
+    for name in options.data:
+        if Path(name).expanduser().is_file():
+            raise InputError(
+                f"{name}: one file would be learnt from and scored on alike; name a directory with a file for each\n"
+                "split, such as train.jsonl and devel.jsonl, or pass it as --silver beside one"
+            )
     data = {
         split: [
             document
@@ -486,15 +495,20 @@ def _load_model(base: str, tags: Sequence[str]) -> Any:
 
 
 def _check_window(window: int, config: Any, tokenizer: Any, encoder: windows.WordTokenizer) -> None:
-    limit = min(getattr(config, "max_position_embeddings", None) or sys.maxsize, tokenizer.model_max_length)
+    limit = min(bundle.positions(config.to_dict()) or sys.maxsize, tokenizer.model_max_length)
     least = len(encoder.prefix) + len(encoder.suffix) + 1
     if not least <= window <= limit:
         raise UsageError(f"window {window}: this model takes {least} to {limit} tokens")
 
 
-def _claim(options: TrainOptions, precision: str) -> Path | None:
+def _claim(options: TrainOptions, precision: str, data: Mapping[str, Sequence[Document]]) -> Path | None:
     """Make the output directory or check that it holds this training; its last whole checkpoint if there is one."""
-    wanted = {**_plain_options(options), "precision": precision, "versions": _versions()}
+    wanted = {
+        **_plain_options(options),
+        "precision": precision,
+        "versions": _versions(),
+        **{f"sha256 of {split}": _digest(documents) for split, documents in data.items()},
+    }
     note = options.output / "checkpoints" / "options.json"
     try:
         if not options.output.exists() or not any(options.output.iterdir()):
@@ -517,6 +531,14 @@ def _claim(options: TrainOptions, precision: str) -> Path | None:
     # The trainer writes its state last: a checkpoint without it was cut off.
     whole = [path.parent for path in note.parent.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _digest(documents: Iterable[Document]) -> str:
+    """SHA-256 of the documents' texts and spans."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps([document.text, document.spans]).encode("ascii"))
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -406,3 +406,18 @@ def test_description_for_a_person(tiny_parts: dict[str, bytes]) -> None:
             "licence   Apache-2.0",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"max_position_embeddings": 130}, 130),
+        ({"max_position_embeddings": 130, "model_type": "roberta"}, 128),
+        ({"max_position_embeddings": 130, "model_type": "camembert", "pad_token_id": 0}, 129),
+        ({"max_position_embeddings": None, "model_type": "roberta"}, None),
+        ({}, None),
+    ],
+)
+def test_positions(config: dict[str, object], expected: int | None) -> None:
+    """RoBERTa and its kin number them from the one behind the padding's."""
+    assert bundle.positions(config) == expected

@@ -165,7 +165,19 @@ def test_jsonl(tmp_path: Path) -> None:
             '{"text": "ab", "spans": [{"start": 0, "end": 1, "label": "X", "text": "b"}]}',
             ":1: span 0:1 names another text; offsets are code points, end exclusive",
         ),
+        (
+            "x.jsonl",
+            '{"text": "a \\ud83d", "spans": []}',
+            ":1: the text holds half a surrogate pair, which is no character",
+        ),
         ("x.tsv", "\n\n", ": the train split holds no document"),
+        ("x.tsv", "n1\tO\nn2\tMrs. Secret\n", ":2: the last column holds several words; expected a token and a tag"),
+        (
+            "x.txt",
+            "Mrs. Secret came\nwith fever.\n",
+            ": no line ends in the tag O or one such as B-Disease, so this is no CoNLL file; give notes without labels "
+            "as .jsonl, .csv or .parquet",
+        ),
     ],
 )
 def test_errors_name_the_line_and_no_text(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -174,6 +186,12 @@ def test_errors_name_the_line_and_no_text(tmp_path: Path, name: str, content: st
     with pytest.raises(InputError) as error:
         load(str(path), "train")
     assert str(error.value) == f"{path}{message}"
+
+
+def test_prefixes_with_an_underscore(tmp_path: Path) -> None:
+    """``B_Sign`` is the beginning of a Sign, as for the labels of a model."""
+    path = write(tmp_path / "x.tsv", "no\tO\nhigh\tB_Sign\nfever\tI_Sign\n")
+    assert [document.spans for document in load(str(path), "train")] == [((3, 13, "Sign"),)]
 
 
 def test_invalid_utf8_is_named(tmp_path: Path) -> None:

@@ -71,6 +71,31 @@ def test_labels_without_prefixes_are_types() -> None:
     assert known.opens.tolist() == known.closes.tolist() == [False, False, False]
 
 
+@pytest.mark.parametrize("nothing", ["PAD", "[PAD]", "X", "[CLS]"])
+def test_a_class_for_padding_means_o(nothing: str) -> None:
+    """Scripts that give padding or sub-tokens a class of their own beside IOB2 do not make B and I types by it."""
+    assert spans(["B-X", "I-X", nothing, "I-X"], (*IOB, nothing)) == [(0, 1, "X"), (3, 3, "X")]
+    assert decode.tag_set((*IOB, nothing)).types == ("X", "Y")
+
+
+@pytest.mark.parametrize(
+    ("labels", "odd"),
+    [
+        (("O", "B-X", "M-X", "E-X", "S-X"), "M-X"),
+        (("O", "B-X", "I-X", "MISC"), "MISC"),
+        (("O", "X-B", "X-I"), "X-B"),
+    ],
+)
+def test_schemes_that_are_not_known(labels: tuple[str, ...], odd: str) -> None:
+    """BMES, a mixture and suffixes would be read as types of their own; the label that tells is named."""
+    with pytest.raises(ModelError) as caught:
+        decode.tag_set(labels)
+    assert str(caught.value) == (
+        f"the label {odd} is of no scheme that is known (IO, IOB1, IOB2, BIOES, BILOU): rename the labels in "
+        "config.json"
+    )
+
+
 def test_a_model_without_o_is_refused() -> None:
     """A classifier of another kind is named as such, with at most eight of its labels."""
     with pytest.raises(ModelError) as caught:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from medner import cli, datasets, testing
 from medner.annotate import Annotator, Options
 from medner.datasets import Document
+from medner.errors import ModelError
 from medner.evaluate import evaluate as score_of
 from medner.evaluate import find, fit_labels, hard_wrapped, open_model, wrap
 
@@ -117,6 +118,10 @@ def test_labels_fit_only_where_the_model_has_one() -> None:
     annotator = testing.annotator()
     assert fit_labels(annotator, documents)[0].spans == ((3, 8, "Disease"),)
     assert score_of(annotator, documents).overall.tp == 1
+    # Where the data has the model's own label, the others are of something else.
+    both = [Document("a", "no fever", ((0, 2, "Drug"), (3, 8, "Disease")))]
+    assert fit_labels(annotator, both)[0].spans == ((3, 8, "Disease"),)
+    assert score_of(annotator, both).overall.f1 == 1.0
     annotator.types = ("Disease", "Sign")
     assert fit_labels(annotator, documents) == documents
     assert score_of(annotator, documents).overall.tp == 0
@@ -190,6 +195,9 @@ def test_a_checkpoint_is_scored_as_pytorch_computes_it(
     model = transformers.BertForTokenClassification(config).eval()
     model.save_pretrained(path)
 
+    with pytest.raises(ModelError) as failure:
+        open_model(str(path), Options(precision="int8"))
+    assert str(failure.value) == f"{path}: a checkpoint is run in fp32 and has no int8; export it first"
     annotator = open_model(str(path), Options(threads=1))
     assert annotator.session is None
     documents = datasets.load(str(conll), "test")

@@ -395,8 +395,7 @@ def test_fp16_that_overflows(
     monkeypatch.setattr(half, "LIMIT", np.inf)
     with np.errstate(over="ignore"), pytest.raises(CheckFailed) as failure:
         export(options)
-    start = "parity gate: the fp16 variant failed on notes.jsonl and was not written: "
-    assert str(failure.value).startswith(start)
+    assert str(failure.value).startswith("the fp16 variant was not written: ")
     assert "the graph's " in str(failure.value)
     bundle = bundles.load(tmp_path / "b")
     assert (list(bundle.variants), list(bundle.card["parity"]["variants"])) == (["fp32"], ["fp32"])
@@ -466,6 +465,21 @@ def test_an_int8_variant_that_fails_is_not_written(
     assert failure.value.exit_code == 1
     assert result["f1"] < 0.998
     assert "\n| int8 (failed, not written) | " in (bundle.path / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_an_int8_variant_that_cannot_be_made(
+    checkpoint: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an architecture that int8 does not know, fp32 is written all the same."""
+    monkeypatch.setattr(optimize, "_matrices_left", lambda _: ["encoder/MatMul"])
+    with pytest.raises(CheckFailed) as failure:
+        export(ExportOptions(checkpoint, tmp_path / "b", str(notes), window=64))
+    assert list(bundles.load(tmp_path / "b").variants) == ["fp32"]
+    assert str(failure.value) == (
+        "the int8 variant was not written: int8 does not know this architecture; these nodes "
+        "keep fp32 weights: encoder/MatMul"
+    )
 
 
 @pytest.mark.usefixtures("no_optimum")
@@ -566,6 +580,26 @@ def test_a_gate_that_sees_no_span_proves_nothing(checkpoint: Path, exported: tup
     with pytest.raises(InputError) as failure:
         gate(checkpoint, dull, exported[0] / "onnx/model.onnx")
     assert str(failure.value) == "dull.jsonl: PyTorch's model finds no span in it, so it proves nothing"
+
+
+@pytest.mark.parametrize("label", ["Sign", None])
+def test_labels_of_which_nothing_is_found(
+    checkpoint: Path, exported: tuple[Path, str], notes: Path, tmp_path: Path, label: str | None
+) -> None:
+    """Without spans, or with those of other things, no F1 can be lost: int8 is held to agreement."""
+    spans = ((0, 3, label),) if label else ()
+    documents = [replace(d, spans=spans) for d in parity.read_parity_data(str(notes)).documents]
+    asked = parity.Gate(
+        bundles.load_checkpoint(checkpoint, 64),
+        TorchModel(checkpoint),
+        parity.read_parity_data(str(jsonl(tmp_path / "other.jsonl", documents))),
+    )
+    asked.check("fp32", exported[0] / "onnx/model.onnx")
+    good = asked.check("int8", exported[0] / "onnx/model_int8.onnx")
+    assert (good.f1, good.reference_f1, good.agreement, good.passed) == (0.0, 0.0, 1.0, True)
+    dull = shutil.copyfile(exported[0] / "onnx/model_int8.onnx", tmp_path / "dull.onnx")
+    change_graph(dull, "classifier.bias", lambda bias: bias + np.array([100, 0, 0], np.float32))
+    assert not asked.check("int8", dull).passed
 
 
 def test_plain_notes_are_held_to_agreement(checkpoint: Path, exported: tuple[Path, str], tmp_path: Path) -> None:
@@ -832,7 +866,13 @@ def test_windows_beyond_the_limit_are_skipped(tmp_path: Path) -> None:
 
 
 def test_the_window_needs_labelled_documents() -> None:
-    """Neither plain notes nor single sentences can choose a window."""
+    """Neither plain notes nor single sentences can choose a window, nor labels of which the model finds none."""
+    with pytest.raises(InputError) as failure:
+        verify.choose_window(bundles.load("tiny"), Fake(512), data(Document("0", "a fever", ((0, 1, "Disease"),))))
+    assert str(failure.value) == (
+        "--window auto: the model finds no labelled mention of devel.txt, which tells no windows apart; "
+        "look at its labels, or pass --window N"
+    )
     plain = parity.ParityData("notes.csv", [Document("0", "fever", ())], False)
     with pytest.raises(InputError) as failure:
         verify.choose_window(bundles.load("tiny"), Fake(512), plain)

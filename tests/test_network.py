@@ -115,7 +115,9 @@ def offline(tmp_path: Path, blocker: Path) -> Offline:
     """A fresh folder, and no attempt so far."""
     (blocker / "attempts").unlink(missing_ok=True)
     (tmp_path / "notes.jsonl").write_text('{"note_id": "a", "text": "Type 2 diabetes, no fever."}\n' * 3)
-    (tmp_path / "data.jsonl").write_text('{"text": "no fever", "spans": [[3, 8, "Disease"]]}\n' * 3)
+    (tmp_path / "splits").mkdir()
+    for name in ("data.jsonl", "splits/train.jsonl", "splits/devel.jsonl"):
+        (tmp_path / name).write_text('{"text": "no fever", "spans": [[3, 8, "Disease"]]}\n' * 3)
     return Offline(tmp_path, blocker)
 
 
@@ -323,7 +325,7 @@ COMMANDS = {
     "evaluate": ("--model", HUB, "--data", "data.jsonl"),
     "evaluate on": ("--model", TINY, "--data", HUB),
     "train on": ("--data", HUB, "--base", "nowhere", "-o", "model"),
-    "train": ("--data", "data.jsonl", "--base", HUB, "-o", "model"),
+    "train": ("--data", "splits", "--base", HUB, "-o", "model"),
 }
 
 

@@ -86,6 +86,15 @@ def test_window_of_a_checkpoint(
     assert annotator.counts.inferred == 4
 
 
+@pytest.mark.parametrize("content", ["no JSON", "[1]", '{"options": [1]}', '{"options": {"window": "long"}}'])
+def test_a_metrics_file_of_another_program(checkpoint: Path, tmp_path: Path, content: str) -> None:
+    """It says nothing of the window, and nothing else goes wrong."""
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    expected = torch_annotator(copy).bundle.window
+    (copy / "metrics.json").write_text(content)
+    assert torch_annotator(copy).bundle.window == expected
+
+
 def test_a_checkpoint_without_a_head(checkpoint: Path, tmp_path: Path) -> None:
     """Weights that are missing are named, where transformers would fill them with random numbers and go on."""
     copy = shutil.copytree(checkpoint, tmp_path / "copy")

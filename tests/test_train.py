@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,28 @@ def test_another_training_is_not_overwritten(result: training.TrainResult, optio
     )
     with pytest.raises(OutputError, match="holds no training to resume"):
         train(replace(options, resume=True, output=Path(options.data[0])))
+
+
+def test_a_training_is_resumed_on_its_own_data(
+    result: training.TrainResult, options: TrainOptions, tmp_path: Path
+) -> None:
+    """Data that changed under its name is another training."""
+    data = Path(shutil.copytree(options.data[0], tmp_path / "data"))
+    first = replace(options, data=(str(data),), output=tmp_path / "out", epochs=1, max_documents=8)
+    train(first)
+    assert train(replace(first, resume=True)).epochs
+    for path in data.glob("devel*"):
+        path.write_text(path.read_text().replace("B-Problem", "B-Site"))
+    with pytest.raises(OutputError, match=r": sha256 of devel was \w{64} and is now \w{64}; resume with"):
+        train(replace(first, resume=True))
+
+
+def test_one_file_is_no_data_to_train_on(options: TrainOptions, tmp_path: Path) -> None:
+    """It would be scored on what was learnt; nothing is written."""
+    (file,) = Path(options.data[0]).glob("train*")
+    with pytest.raises(InputError, match="one file would be learnt from and scored on alike"):
+        train(replace(options, data=(options.data[0], str(file)), output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_class_weights_change_the_training(
