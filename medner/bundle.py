@@ -168,7 +168,7 @@ def _recorded_window(path: Path) -> int | None:
 
 def _locate(model: str) -> tuple[Path, str]:
     path = Path(model)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises below what may not be searched
         return path, path.name or model
     shipped = _SHIPPED / model
     if "/" not in model and (shipped / MANIFEST).is_file():

@@ -141,7 +141,8 @@ def annotate(**given: Any) -> None:
     )
     manifest = run.run(options)
     if not given["quiet"]:
-        _print(run.summary(manifest), err=given["output"] == "-")
+        with contextlib.suppress(BrokenPipeError):  # a run that nobody reads of is judged all the same
+            _print(run.summary(manifest), err=given["output"] == "-")
     run.check_rejected(manifest)
 
 
@@ -287,11 +288,11 @@ def evaluate(model: str, data: str, split: str, wrap: int | None, target: Path |
     documents = datasets.load(data, split)
     annotator = evaluation.open_model(model, Options(**given))
     scores = evaluation.evaluate(annotator, evaluation.hard_wrapped(documents, wrap) if wrap else documents)
-    _print(f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}, on {data} ({split})")
-    _print(f"{scores.documents} documents, scored on {scores.unit}\n{score.table(scores)}")
     if target is not None:
         facts = {"model": model, "precision": annotator.precision, "data": data, "split": split, "wrap": wrap}
         sinks.write_json(target, facts | {"window": annotator.bundle.window, **scores.as_dict()})
+    _print(f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}, on {data} ({split})")
+    _print(f"{scores.documents} documents, scored on {scores.unit}\n{score.table(scores)}")
 
 
 @cli.command()
@@ -318,7 +319,8 @@ def compare(**given: Any) -> None:
     from medner import comparison
 
     result = comparing.compare(comparing.CompareOptions(**given))
-    _print(comparison.text(result))
+    with contextlib.suppress(BrokenPipeError):
+        _print(comparison.text(result))
     comparing.check_parity(result)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,11 +64,13 @@ def load(data: str, split: str, labels: Mapping[str, str] | None = None) -> list
     if split not in SPLITS:
         raise InputError(f"no split {split!r}; name one of {', '.join(SPLITS)}")
     path = Path(data).expanduser()
-    if path.is_file():
+    # Not Path.is_dir, which raises below what may not be searched.
+    is_directory = os.path.isdir(path)  # noqa: PTH112
+    if os.path.isfile(path):  # noqa: PTH113
         documents = _read(path)
-    elif path.is_dir() and not any(path.rglob("*.parquet")):
+    elif is_directory and not any(path.rglob("*.parquet")):
         documents = _read(_split_file(path, split))
-    elif path.is_dir() or _looks_like_hub_name(data):
+    elif is_directory or _looks_like_hub_name(data):
         documents = list(_load_hub(data, split))
     else:
         raise InputError(f"{data}: no such file or directory")

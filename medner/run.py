@@ -69,7 +69,7 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
     form = _output_format(options)
     _check_resume(options)
     found = sources.discover(options.inputs)
-    _check_apart(found.files, options.output)
+    _check_apart(options.inputs, found.files, options.output)
     if found.skipped and not options.quiet:
         _say(f"{found.skipped} {'file' if found.skipped == 1 else 'files'} of unknown suffix skipped")
     reader = sources.Reader(found.files, options.read, stdin)
@@ -224,14 +224,22 @@ def _interruptible(sink: sinks.Sink) -> Iterator[None]:
         raise
 
 
-def _check_apart(files: Iterable[sources.InputFile], output: str) -> None:
+def _check_apart(inputs: Iterable[str], files: Iterable[sources.InputFile], output: str) -> None:
     """Refuse to read what the run writes: an input would be replaced, or spans read as though they were notes."""
-    written = {path.resolve() for path in sinks.paths(Path(output)) if output != "-" and path.exists()}
-    if not written:
+    if output == "-":
         return
+    written = {path.resolve() for path in sinks.paths(Path(output))}
+    for name in inputs:
+        # Also before anything is there: the run could not be resumed, for its parts would be inputs.
+        if os.path.isdir(name) and any(path.is_relative_to(Path(name).resolve()) for path in written):  # noqa: PTH112
+            raise UsageError(f"-o {output} lies in the input {name}; choose another -o, or name files or a glob")
     for file in files:
         if file.path is not None and not written.isdisjoint((real := file.path.resolve(), *real.parents)):
             raise UsageError(f"{file} is an input and lies in the output {output}; choose another -o")
+
+
+#: Suffixes of files that medner does not write; a run directory of such a name would be taken for one.
+_NOT_WRITTEN = frozenset({".csv", ".tsv", ".txt", ".json", ".gz", ".zst", ".bz2"})
 
 
 def _output_format(options: RunOptions) -> str:
@@ -240,7 +248,14 @@ def _output_format(options: RunOptions) -> str:
         if options.form == "parquet":
             raise UsageError("-o - writes JSON lines; --format parquet needs a file or a directory")
         return "jsonl"
-    form = sinks.file_format(Path(options.output))
+    if not options.output:  # as a path it would be the current directory
+        raise UsageError("-o is empty; name a directory, a file, or -")
+    path = Path(options.output)
+    form = sinks.file_format(path)
+    if form is None and path.suffix.lower() in _NOT_WRITTEN and not os.path.isdir(path):  # noqa: PTH112
+        raise UsageError(
+            f"-o {options.output}: a file ends in {', '.join(sinks.FILE_SUFFIXES)}; a run directory has no such suffix"
+        )
     if form is not None and options.form not in (None, form):
         raise UsageError(f"--format {options.form} and -o {options.output} contradict each other; drop one")
     return form or options.form or "parquet"
@@ -291,8 +306,8 @@ def _description(
         },
         "options": {
             "inputs": _arguments(options.inputs, files),
-            "output": _printable(options.output),
-            "model": _printable(options.model),
+            "output": sources.printable(options.output),
+            "model": sources.printable(options.model),
             "format": form,
             "text": options.text,
             "nested": options.nested,
@@ -312,14 +327,9 @@ def _arguments(inputs: Iterable[str], files: Iterable[sources.InputFile]) -> lis
     """The INPUT arguments for the record; text files named one by one are counted, since their names may be ids."""
     texts = {file.path for file in files if file.kind == "text"}
     inputs = list(inputs)
-    named = [_printable(name) for name in inputs if Path(name) not in texts]
+    named = [sources.printable(name) for name in inputs if Path(name) not in texts]
     unnamed = len(inputs) - len(named)
     return [*named, *([f"({unnamed} text files)"] if unnamed else [])]
-
-
-def _printable(name: str) -> str:
-    """A path as text that JSON can hold, also where it is no valid UTF-8."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _allowed_share(value: str) -> tuple[Fraction, bool]:

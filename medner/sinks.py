@@ -558,18 +558,17 @@ class FileSink(Sink):
     """One file of spans, with the notes table and the manifest beside it; all three appear at the end."""
 
     def __init__(self, path: Path, options: TableOptions, *, overwrite: bool = False) -> None:
-        """Raises :class:`OutputError` where a file exists already and ``overwrite`` is false."""
+        """Raises :class:`OutputError` where a file exists already, then or in the end, and ``overwrite`` is false."""
         suffix = _file_suffix(path)
         if suffix is None:
             raise OutputError(f"{path}: a single output file ends in {', '.join(FILE_SUFFIXES)}")
         if not path.parent.is_dir():
             raise OutputError(f"{path.parent}: no such directory; create it first")
         *targets, self._manifest = paths(path)
-        for existing in (*targets, self._manifest):
-            if existing.exists() and not overwrite:
-                raise OutputError(f"{existing}: exists already; choose another -o, or pass --overwrite")
+        self._check_free(targets, overwrite=overwrite)
         self.name = str(path)
         self._options = options
+        self._overwrite = overwrite
         self._drafts: list[_Draft] = []
         self._files: list[_TableFile] = []
         try:
@@ -580,6 +579,11 @@ class FileSink(Sink):
         except BaseException:
             self.close()
             raise
+
+    def _check_free(self, targets: Iterable[Path], *, overwrite: bool) -> None:
+        for existing in (*targets, self._manifest):
+            if existing.exists() and not overwrite:
+                raise OutputError(f"{existing}: exists already; choose another -o, or pass --overwrite")
 
     def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:  # noqa: ARG002 - the sinks' common call
         """Append one part."""
@@ -594,6 +598,8 @@ class FileSink(Sink):
             for file, draft in zip(self._files, self._drafts, strict=True):
                 file.close()
                 draft.close()
+            # Again: another run may have finished in the meantime.
+            self._check_free([draft.path for draft in self._drafts], overwrite=self._overwrite)
             self._manifest.unlink(missing_ok=True)
             for draft in self._drafts:
                 draft.commit()
@@ -645,16 +651,21 @@ def _tables(batches: Iterable[pa.RecordBatch], options: TableOptions) -> tuple[p
 def file_format(path: Path) -> str | None:
     """``parquet`` or ``jsonl`` where an output path names a single file, None where it names a run directory."""
     suffix = _file_suffix(path)
-    return None if suffix is None or path.is_dir() else FILE_SUFFIXES[suffix][0]
+    return None if suffix is None or _is_directory(path) else FILE_SUFFIXES[suffix][0]
 
 
 def paths(path: Path) -> tuple[Path, ...]:
     """What an output path stands for: the run directory, or the spans file, the notes file and the manifest."""
     suffix = _file_suffix(path)
-    if suffix is None or path.is_dir():
+    if suffix is None or _is_directory(path):
         return (path,)
     stem = path.name[: -len(suffix)]
     return path, path.with_name(f"{stem}.notes{path.name[-len(suffix) :]}"), path.with_name(f"{stem}.manifest.json")
+
+
+def _is_directory(path: Path) -> bool:
+    """False, too, where nobody can tell: a path that is too long, or below what may not be searched."""
+    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises there
 
 
 def _file_suffix(path: Path) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import glob
 import hashlib
 import io
@@ -161,7 +162,7 @@ def discover(inputs: Sequence[str]) -> Discovery:
         try:
             found, unknown = _expand(name)
         except OSError as exc:
-            raise InputError(f"cannot read {name}: {exc.strerror}") from exc
+            raise InputError(f"cannot read {printable(os.fspath(exc.filename or name))}: {exc.strerror}") from exc
         if not found:
             raise InputError(f"{name}: no file to read ({unknown} of unknown suffix); medner reads {_KNOWN}")
         if len({file.kind == "text" for file in found}) == 2:
@@ -188,7 +189,7 @@ def _expand(name: str) -> tuple[list[InputFile], int]:
         return [InputFile(path, _source(path, path.parent), kind, compression)], 0
     elif glob.has_magic(name):
         base = _glob_base(path)
-        paths = [Path(match) for match in glob.glob(name, recursive=True) if not Path(match).is_dir()]  # noqa: PTH207
+        paths = list(_matches(name, path, base))
     else:
         raise InputError(f"{name}: no such file or directory")
     known = [
@@ -214,6 +215,19 @@ def _walk(directory: Path, above: frozenset[Path] = frozenset()) -> Iterator[Pat
             yield entry
 
 
+def _matches(name: str, pattern: Path, base: Path) -> Iterator[Path]:
+    """Files that a pattern matches, and all below the directories that it matches, each once.
+
+    Raises :class:`PermissionError` for a directory on the way that cannot be read: ``glob`` passes it over in silence.
+    """
+    for end in range(len(base.parts), len(pattern.parts)):
+        for match in glob.glob(str(Path(*pattern.parts[:end])), recursive=True):  # noqa: PTH207
+            if os.path.isdir(match) and not os.access(match, os.R_OK | os.X_OK):  # noqa: PTH112
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), match)
+    found = map(Path, glob.glob(name, recursive=True))  # noqa: PTH207
+    yield from dict.fromkeys(chain.from_iterable(_walk(path) if path.is_dir() else [path] for path in found))
+
+
 def _glob_base(pattern: Path) -> Path:
     """The leading directories of a pattern that hold no wildcard."""
     plain = next(number for number, part in enumerate(pattern.parts) if glob.has_magic(part))
@@ -221,8 +235,12 @@ def _glob_base(pattern: Path) -> Path:
 
 
 def _source(path: Path, base: Path) -> str:
-    # A name that is no valid UTF-8 stays printable and can be written to Parquet.
-    return path.relative_to(base).as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return printable(path.relative_to(base).as_posix())
+
+
+def printable(name: str) -> str:
+    """A path as text that can be printed, and written to Parquet and JSON, also where it is no valid UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _suffixes(name: str) -> tuple[str, Compression | None]:
@@ -345,6 +363,9 @@ class Reader:
                 rows += 1
                 if self._left is not None:
                     self._left -= 1
+                    if self._left == 0 and file.path is None:  # who writes a stream may have no more for long
+                        self._record(raw, rows, whole=False)
+                        return
             raw.drain()
             self._record(raw, rows, whole=True)
 
@@ -577,6 +598,8 @@ def _standard_input(given: BinaryIO | None) -> BinaryIO:
     # Python's is None where the process was started without one.
     if cast(object, sys.stdin) is None:
         raise InputError("cannot read standard input: it is closed; pipe JSON lines into it, or name a file")
+    with suppress(OSError):  # it may have no descriptor
+        os.set_blocking(sys.stdin.fileno(), True)  # else what is late would count as the end
     return sys.stdin.buffer
 
 
@@ -918,7 +941,7 @@ def _check_parquet(file: InputFile, arrow: pa.Schema, options: ReadOptions) -> s
     """Check the columns that the options name; returns the id column, None where the file has none."""
     id_column = _check_names(file, arrow.names, options, f" (it has {_listed(arrow.names)})")
     kind = arrow.field(options.text_column).type
-    if not is_text(kind):
+    if not (is_text(kind) or pa.types.is_null(kind)):  # null: a file whose notes are all missing
         raise InputError(
             f"{file}: column {options.text_column!r} holds {_type(kind)}, not text; cast it to a string first"
         )

@@ -30,6 +30,7 @@ Bools = npt.NDArray[np.bool_]
 PIECE_CHARS = 1 << 18
 
 _LINE_BREAK = re.compile(r"\r\n|\n|\r")
+_BLANK_LINE = re.compile(r"(?:\r\n|\n|\r)[ \t]*(?:\r\n|\n|\r)")
 _MARKER = r"(?:[-*+•·▪◦●○■□‣–][ \t]|\(?(?:\d{1,2}|[A-Za-z])[.)][ \t])"
 _LIST_ITEM = re.compile(rf"[ \t]*{_MARKER}")
 _WITH_HEADING = re.compile(r"[ \t]*[A-Z][\w&/()' -]{0,48}:(?:\s|$)")
@@ -48,8 +49,8 @@ _MAX_HEADING = 60
 def pieces(text: str, limit: int = PIECE_CHARS) -> Iterator[tuple[int, int]]:
     """Cut a note into pieces of at most ``limit`` code points that tile it; an empty note has none.
 
-    A cut stands at the last blank line, else line break, else white space, else word boundary in the second half of the
-    piece. Only a run of word characters that alone fills half a piece is cut inside.
+    A cut stands at the last blank line, else end of a segment, else line break, else white space, else word boundary in
+    the second half of the piece. Only a run of word characters that alone fills half a piece is cut inside.
     """
     start = 0
     while len(text) - start > limit:
@@ -61,10 +62,13 @@ def pieces(text: str, limit: int = PIECE_CHARS) -> Iterator[tuple[int, int]]:
 
 
 def _cut(text: str, low: int, high: int) -> int:
-    for mark in ("\n\n", "\n", "\r"):
-        found = text.rfind(mark, low, high)
-        if found >= 0:
-            return found + len(mark)
+    blank = max((match.end() for match in _BLANK_LINE.finditer(text, low, high)), default=0)
+    *_, segment, _ = [0, *segments(text[low:high])]
+    if blank or segment:
+        return blank or low + segment
+    broken = max(text.rfind(mark, low, high) for mark in "\n\r")
+    if broken >= 0:
+        return broken + 1
     for ends_word in (_is_space, _is_alone):
         for end in range(high, low, -1):
             if ends_word(text[end - 1]):

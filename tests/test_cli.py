@@ -410,6 +410,8 @@ def test_a_stream_that_cannot_be_flushed_is_let_go(
     notes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What Python would try to flush again at exit goes to the null device; the exit code stays."""
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"text": "no fever"}\n')
     with (tmp_path / "stdout").open("wb") as target:
 
         class Broken(io.StringIO):
@@ -420,7 +422,8 @@ def test_a_stream_that_cannot_be_flushed_is_let_go(
                 return target.fileno()
 
         for stream, arguments, code in (
-            ("stdout", ("annotate", notes, "-o", "out", "--model", TINY), 0),
+            ("stdout", ("annotate", good, "-o", "out", "--model", TINY), 0),
+            ("stdout", ("annotate", notes, "-o", "out3", "--model", TINY), 3),
             ("stderr", ("annotate", "none.jsonl", "-o", "out2", "--model", TINY), 4),
             ("stderr", ("annotate", "--none"), 2),
         ):

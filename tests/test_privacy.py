@@ -14,6 +14,7 @@ import logging
 import os
 import pty
 import resource
+import shutil
 import signal
 import stat
 import struct
@@ -396,8 +397,12 @@ def test_labelled_data_that_cannot_be_used(
         usable = data in ("twice.txt", "moved.txt")
         code, said = call("evaluate", "--model", TINY, "--data", data)
         assert (code, holds_mark(said)) == (0 if usable else 4, False), said
+        splits = Path(f"splits of {data}") if Path(data).is_file() else Path(data)
+        splits.mkdir(exist_ok=True)
+        for split in ("train", "devel") if Path(data).is_file() else ():
+            shutil.copyfile(data, splits / f"{split}{Path(data).suffix}")
         for arguments in (
-            ("train", "--data", data, "--base", checkpoint, "-o", "trained"),
+            ("train", "--data", splits, "--base", checkpoint, "-o", "trained"),
             ("export", checkpoint, "-o", "exported", "--parity-data", data, "--window", "40", "--precision", "fp32"),
             ("compare", "--checkpoint", checkpoint, "--bundle", small_bert, "--notes", data, "-o", "compared",
              "--rounds", "1", "--limit", "1"),

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 
 from medner import run as running
-from medner import schema, sources, testing
+from medner import schema, sinks, sources, testing
 from medner.annotate import Annotator, Options
 from medner.errors import InputError, MednerError, OutputError, TooManyRejected, UsageError
 from medner.run import RunOptions, check_rejected, cut_parts, run, summary
@@ -511,12 +511,21 @@ def test_a_dangling_link_is_an_input_error(tmp_path: Path) -> None:
         ("-", "parquet", "-o - writes JSON lines; --format parquet needs a file or a directory"),
         ("x.parquet", "jsonl", "--format jsonl and -o x.parquet contradict each other; drop one"),
         ("x.jsonl.gz", "parquet", "--format parquet and -o x.jsonl.gz contradict each other; drop one"),
+        ("", None, "-o is empty; name a directory, a file, or -"),
+        *(
+            (
+                name,
+                None,
+                f"-o {name}: a file ends in {', '.join(sinks.FILE_SUFFIXES)}; a run directory has no such suffix",
+            )
+            for name in ("spans.csv", "spans.JSON", "spans.parquet.gz")
+        ),
     ],
 )
-def test_formats_that_contradict(
-    notes: Path, monkeypatch: pytest.MonkeyPatch, output: str, form: str, said: str
+def test_outputs_that_cannot_be(
+    notes: Path, monkeypatch: pytest.MonkeyPatch, output: str, form: str | None, said: str
 ) -> None:
-    """The suffix of the output and --format must agree."""
+    """The suffix of the output and --format must agree, and a name is no other format's."""
     monkeypatch.chdir(notes.parent)
     with pytest.raises(UsageError) as caught:
         go(notes, output, form=form)
@@ -537,10 +546,17 @@ def test_input_and_output_are_kept_apart(tmp_path: Path, notes: Path) -> None:
     assert str(caught.value) == f"{beside} is an input and lies in the output {tmp_path}/x.jsonl; choose another -o"
     beside.unlink()
     out = tmp_path / "run"
-    go(tmp_path, out)  # nothing of it is there yet
+    for output in (out, tmp_path / "x.jsonl", tmp_path):  # nothing of it is there yet, but with --resume it would be
+        with pytest.raises(UsageError) as caught:
+            go(tmp_path, output)
+        assert str(caught.value) == (
+            f"-o {output} lies in the input {tmp_path}; choose another -o, or name files or a glob"
+        )
+    assert not out.exists()
+    go(notes, out)
     parts = contents(out)
     with pytest.raises(UsageError) as caught:
-        go(tmp_path, out, overwrite=True)
+        go(f"{tmp_path}/**/*", out, overwrite=True)
     first = out / "notes" / "part-000000.parquet"
     assert str(caught.value) == f"{first} is an input and lies in the output {out}; choose another -o"
     assert contents(out) == parts
@@ -576,12 +592,13 @@ def test_progress_where_there_is_no_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A line now and then on standard error, and nothing on standard output."""
-    path = tmp_path / "in.jsonl"
+    path = tmp_path / "in" / "in.jsonl"
+    path.parent.mkdir()
     path.write_text('{"text": "fever"}\n' * 2_000)
-    (tmp_path / "other.doc").write_text("")
+    (path.parent / "other.doc").write_text("")
     monkeypatch.setattr(running, "_LINE_SECONDS", 0.0)
     monkeypatch.setattr(sources, "_FIRST_ROWS", 1_000)
-    go(tmp_path, tmp_path / "out", quiet=False)
+    go(path.parent, tmp_path / "out", quiet=False)
     output, error = capfd.readouterr()
     assert output == ""
     lines = error.splitlines()

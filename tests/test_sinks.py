@@ -348,6 +348,20 @@ def test_file_sink_shows_nothing_before_the_end(tmp_path: Path, suffix: str, uma
     assert [row["status"] for row in read(tmp_path / f"out.notes{suffix}")] == ["annotated", "rejected"] * 3
 
 
+@pytest.mark.parametrize("taken", ["out.jsonl", "out.notes.jsonl", "out.manifest.json"])
+def test_file_sink_replaces_nothing_that_came_meanwhile(tmp_path: Path, taken: str) -> None:
+    """Of two runs that write one file, the second to finish fails and leaves the first one's output."""
+    sink = FileSink(tmp_path / "out.jsonl", TableOptions())
+    sink.start(RUN)
+    sink.write(0, [two_rows()])
+    (tmp_path / taken).write_text("theirs")
+    with pytest.raises(OutputError) as caught:
+        sink.finish(MANIFEST)
+    sink.close()
+    assert str(caught.value) == f"{tmp_path / taken}: exists already; choose another -o, or pass --overwrite"
+    assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {taken: "theirs"}
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """Rows of an output file of any format."""
     if path.suffix == ".parquet":

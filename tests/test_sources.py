@@ -137,6 +137,42 @@ def test_file_glob_and_standard_input(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [file.source for file in discover([f"{tmp_path}/d/*/*.bz2"]).files] == ["e/three.jsonl.bz2"]
 
 
+def test_directories_that_a_glob_matches_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the same directories given by the shell are; each file once, and hidden ones not."""
+    for name in ("2024-01/x.jsonl", "2024-02/deep/y.jsonl", "2024-02/.z.jsonl", "2024-all.jsonl", "2023/a.jsonl"):
+        write(tmp_path / name, "")
+    monkeypatch.chdir(tmp_path)
+    expected = ["2024-01/x.jsonl", "2024-02/deep/y.jsonl", "2024-all.jsonl"]
+    assert [file.source for file in discover(["2024-*"]).files] == expected
+    assert [file.source for file in discover(["**"]).files] == ["2023/a.jsonl", *expected]
+    assert discover(["**"]).skipped == 0
+
+
+@pytest.mark.parametrize("pattern", ["d/**/*.jsonl", "d/*/*.jsonl", "*/secret/*", "d/*"])
+def test_a_directory_that_a_glob_cannot_look_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    """It is named, where ``glob`` passes it over and its notes would be missing without a word."""
+    for name in ("d/secret/x.jsonl", "d/open/y.jsonl"):
+        write(tmp_path / name, "")
+    monkeypatch.chdir(tmp_path)
+    if os.geteuid():
+        Path("d/secret").chmod(0)
+    else:  # whom nothing is forbidden
+        able, listed = os.access, Path.iterdir
+
+        def iterdir(path: Path) -> Any:
+            if path.name == "secret":
+                raise PermissionError(13, "Permission denied", path)
+            return listed(path)
+
+        monkeypatch.setattr(os, "access", lambda path, mode: able(path, mode) and not str(path).endswith("secret"))
+        monkeypatch.setattr(Path, "iterdir", iterdir)
+    said = refused(InputError, lambda: discover([pattern]))
+    Path("d/secret").chmod(0o700)
+    assert said == "cannot read d/secret: Permission denied"
+
+
 def test_a_name_with_wildcards_that_exists_is_a_file(tmp_path: Path) -> None:
     """A file whose name looks like a glob is read as that file."""
     path = write(tmp_path / "notes[1].jsonl", "")
@@ -693,7 +729,6 @@ def test_parquet_ids(tmp_path: Path, ids: pa.Array, expected: list[str]) -> None
         ({"text": ["x"]}, {"keep": ("ward",)}, "{} has no column 'ward' (it has text); name another with --keep"),
         ({"text": [1]}, {}, "{}: column 'text' holds int64, not text; cast it to a string first"),
         ({"text": [b"x"]}, {}, "{}: column 'text' holds binary, not text; cast it to a string first"),
-        ({"text": pa.nulls(1)}, {}, "{}: column 'text' holds null, not text; cast it to a string first"),
         ({"text": [["x"]]}, {}, "{}: column 'text' holds list<element: string>, not text; cast it to a string first"),
         (
             {"text": [{"text": "x"}]},
@@ -1166,3 +1201,36 @@ def test_no_texts(tmp_path: Path, column: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         list(sources.texts(f"{path}{column}"))
     assert str(error.value) == message.format(path=path)
+
+
+def test_a_parquet_column_of_nulls_is_missing_text(tmp_path: Path) -> None:
+    """What pandas writes where no note has a text is rejected row by row; the other files are read."""
+    write_parquet(tmp_path / "a.parquet", text=["x"])
+    write_parquet(tmp_path / "b.parquet", text=pa.nulls(2))
+    write_parquet(tmp_path / "c.parquet", text=pa.nulls(0))
+    assert [row["reason"] for row in read(tmp_path)] == [None, "text is null", "text is null"]
+
+
+def test_a_limit_ends_a_stream_at_once() -> None:
+    """The row behind the last one may never come; what comes is not waited for."""
+
+    class Endless(io.BytesIO):
+        def read1(self, size: int | None = -1) -> bytes:
+            found = super().read1(size)
+            assert found, "waited for more"
+            return found
+
+    rows = read("-", stdin=Endless(b'{"text": "x"}\n' * 3), limit=3)
+    assert [row["text"] for row in rows] == ["x"] * 3
+
+
+def test_standard_input_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program may have set its descriptor otherwise; then no data yet would be taken for the end."""
+    readable, writable = os.pipe()
+    os.set_blocking(readable, False)
+    with os.fdopen(readable, encoding="utf-8") as stdin, os.fdopen(writable, "wb") as writer:
+        monkeypatch.setattr("sys.stdin", stdin)
+        writing = threading.Timer(0.2, lambda: (writer.write(b'{"text": "x"}\n'), writer.close()))
+        writing.start()
+        assert [row["text"] for row in read("-")] == ["x"]
+        writing.join()

@@ -933,6 +933,9 @@ def test_no_code_of_a_checkpoint_runs(
         (path / "config.json").write_text(json.dumps(config))
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "no fever", "spans": [[3, 8, "Disease"]]}\n' * 4)
+    for split in ("train", "devel"):
+        (tmp_path / "splits").mkdir(exist_ok=True)
+        shutil.copyfile(data, tmp_path / "splits" / f"{split}.jsonl")
     # If transformers asked whether to run the code, the answer would be yes.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     for name, value in (("BUDGETS", {"cpu": (64,)}), ("STREAM_SECONDS", 0.0), ("TORCH_PRECISIONS", {"cpu": ("fp32",)})):
@@ -945,7 +948,8 @@ def test_no_code_of_a_checkpoint_runs(
     assert exported == code, capfd.readouterr().err
     assert run("compare", "--checkpoint", path, "--bundle", small_bert, "--notes", data, "-o", tmp_path / "compared",
                "--rounds", 1, "--limit", 2, "--threads", 1) != 2  # fmt: skip
-    trained = run("train", "--data", data, "--base", path, "-o", tmp_path / "trained", "--epochs", 1, "--window", 32,
+    splits = tmp_path / "splits"
+    trained = run("train", "--data", splits, "--base", path, "-o", tmp_path / "trained", "--epochs", 1, "--window", 32,
                   "--precision", "fp32")  # fmt: skip
     assert trained == code, capfd.readouterr().err
     assert not mark.exists()

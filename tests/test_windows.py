@@ -71,10 +71,14 @@ def test_pieces_tile_any_text(text: str, limit: int) -> None:
         ("     .,b🙂cd", ["     .,", "b🙂cd"]),
         ("     .,b\x0ccd", ["     .,", "b\x0ccd"]),
         ("a\nbc\n\ndefghijklm", ["a\nbc\n\n", "defghijklm"]),
+        ("ab cd\r\n\r\nefg\nhi j", ["ab cd\r\n\r\n", "efg\nhi j"]),
+        ("ab cd\n \nfg\nhi j", ["ab cd\n \n", "fg\nhi j"]),
+        # The end of a sentence before the line break inside the next one.
+        ("ab cd. E\nf g", ["ab cd.", " E\nf g"]),
     ],
 )
 def test_where_pieces_are_cut(text: str, pieces: list[str]) -> None:
-    """At most 10 characters: a blank line before a line break before white space before the edge of a word."""
+    """At most 10 characters: a blank line, a sentence's end, a line break, white space, the edge of a word."""
     assert [text[start:end] for start, end in windows.pieces(text, 10)] == pieces
 
 
@@ -391,16 +395,21 @@ def unigram() -> str:
 
 @pytest.mark.parametrize("make", [byte_level, unigram])
 def test_every_word_gets_the_token_that_holds_its_first_character(make: Callable[[], str]) -> None:
-    """Whatever the tokenizer, words are BERT's; a word's token is the first one that covers its first character."""
+    """Whatever the tokenizer, words are BERT's; a word's token is the first one that covers its first character.
+
+    Words that share it are one.
+    """
     file = make()
     ours, plain = WordTokenizer(file), Tokenizer.from_str(file)
     for text in (*CORPUS, UNSEEN, "".join(CORPUS), " ".join(UNSEEN)):
         tokens = ours.tokenize([text])
         offsets = plain.encode(text, add_special_tokens=False).offsets
-        words = basic_words(text)
-        assert tokens.chars(0).tolist() == [list(word) for word in words]
-        holding = [next(i for i, (low, high) in enumerate(offsets) if low <= start < high) for start, _ in words]
-        assert tokens.word_token.tolist() == holding
+        words: dict[int, list[int]] = {}
+        for start, end in basic_words(text):
+            holding = next(i for i, (low, high) in enumerate(offsets) if low <= start < high)
+            words.setdefault(holding, [start, end])[1] = end
+        assert tokens.chars(0).tolist() == list(words.values())
+        assert tokens.word_token.tolist() == list(words)
 
 
 def test_special_tokens_of_other_tokenizers() -> None:
