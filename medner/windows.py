@@ -63,9 +63,11 @@ def pieces(text: str, limit: int = PIECE_CHARS) -> Iterator[tuple[int, int]]:
 
 def _cut(text: str, low: int, high: int) -> int:
     blank = max((match.end() for match in _BLANK_LINE.finditer(text, low, high)), default=0)
+    if blank:
+        return blank
     *_, segment, _ = [0, *segments(text[low:high])]
-    if blank or segment:
-        return blank or low + segment
+    if segment:
+        return low + segment
     broken = max(text.rfind(mark, low, high) for mark in "\n\r")
     if broken >= 0:
         return broken + 1
