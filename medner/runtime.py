@@ -509,7 +509,8 @@ def _onnxruntime() -> Any:
             'onnxruntime is not installed: pip install "medner[cpu]", or "medner[gpu]" on a machine with CUDA'
         ) from exc
     # Where another package imported it before medner set the variable that keeps it silent (medner/__init__.py).
-    onnxruntime.disable_telemetry_events()
+    with contextlib.suppress(AttributeError):  # what is left of a broken installation is judged elsewhere
+        onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 

@@ -529,6 +529,8 @@ def make_parquet(rng: random.Random, name: str, read: ReadOptions, whole: bool) 
     if not whole:
         raw = [None if (draw := rng.random()) < 0.1 else b"a\xff" if draw < 0.2 else value for value in raw]
     text_array = text_column(rng, raw, usable=whole or rng.random() < 0.85)
+    if pa.types.is_null(text_array.type):  # usable: every text is missing
+        raw = [None] * size
     ids, id_values = id_array(rng, size, usable=whole or rng.random() < 0.85)
     kept, kept_values, carried = kept_array(rng, size)
     columns: list[tuple[str, pa.Array]] = [(read.text_column, text_array), ("ward", kept), ("x", pa.nulls(size))]
@@ -595,7 +597,7 @@ def parquet_rows(data: bytes) -> int | None:
 def is_usable_text(kind: pa.DataType) -> bool:
     """Whether a column of this type is text."""
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return plain in (pa.string(), pa.large_string(), pa.string_view())
+    return plain in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
 def text_column(rng: random.Random, raw: list[bytes | None], *, usable: bool) -> pa.Array:

@@ -790,7 +790,8 @@ def test_pieces_change_nothing_but_windows(tiny: Annotator, monkeypatch: pytest.
             assert places == [[(s["start"], s["end"], s["label"]) for s in r] for r in whole.column(name).to_pylist()]
         else:
             assert cut.column(name).equals(whole.column(name))
-    assert cut.column("n_windows").to_pylist()[0] > whole.column("n_windows").to_pylist()[0]
+    # Windows are packed anew in every piece, or are the same where pieces end with segments.
+    assert cut.column("n_windows").to_pylist()[0] >= whole.column("n_windows").to_pylist()[0]
     assert cut.column("n_windows").to_pylist()[1] == 1
 
 
