@@ -142,7 +142,7 @@ class Gate:
             passed = logits.differences == 0 and (agreement == 1.0 or logits.ties > 0)
         else:
             # Where PyTorch finds nothing of what is labelled, no F1 could be lost.
-            kept_f1 = f1 is not None and bool(reference_f1) and reference_f1 - f1 <= MAX_F1_LOSS
+            kept_f1 = f1 is not None and reference_f1 is not None and 0 < reference_f1 <= f1 + MAX_F1_LOSS
             passed = kept_f1 or agreement >= MIN_AGREEMENT
         return VariantParity(sum(map(len, found)), agreement, f1, reference_f1, passed)
 
