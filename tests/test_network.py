@@ -91,7 +91,8 @@ class Offline:
             "HF_HOME": str(self.folder / "hf"),
             "HOME": str(self.home),
         }
-        kept.pop("ORT_DISABLE_TELEMETRY", None)
+        for name in ("ORT_DISABLE_TELEMETRY", "CI", "GITHUB_ACTIONS"):  # with any of them onnxruntime reports nothing
+            kept.pop(name, None)
         return subprocess.run(
             [*self.namespace, *map(str, command)], cwd=self.folder, env=kept | self.variables, capture_output=True,
             text=True, check=False,
