@@ -311,6 +311,8 @@ def _work(connection: Connection, model: str, options: Options, cpus: int) -> No
             if os.environ.get("MEDNER_DEBUG"):
                 traceback.print_exc()
             connection.send(MednerError(f"--device {options.device}: {defect(exc)}"))
+    # It ends by itself from here on; a signal to end now would be complained of by what Python does at exit.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stop(*_: object) -> None:
