@@ -4,7 +4,7 @@
 #   BASE=emilyalsentzer/Bio_ClinicalBERT DATA=ncbi_disease OUT=runs/mine examples/train_and_annotate.sh
 #
 # BASE    checkpoint directory or hub name
-# DATA    labelled data for training: hub name, CoNLL or PubTator directory, JSONL with spans
+# DATA    labelled data for training: hub name, or a directory of CoNLL, PubTator or JSONL files, one a split
 # PARITY  real text for the parity gate; labelled documents also choose the window (default: DATA)
 # NOTES   notes to annotate (default: the example notes)
 # TRAIN, EXPORT, EVALUATE  further options for each command
