@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ class ExportOptions:
 
     precisions: the variants to write. parity_data: labelled documents or plain notes. window: tokens, or None to choose
     the window on the labelled documents. packed: where the window is given, whether it takes as many segments as fit.
-    split: of a data set that has splits. name: the bundle's; None takes the directory's. licence: of the weights, for
-    the record.
+    split: of a data set that has splits. labels: new names of its labels, by old ones. name: the bundle's; None takes
+    the directory's. licence: of the weights, for the record.
     """
 
     checkpoint: Path
@@ -41,6 +41,7 @@ class ExportOptions:
     window: int | None = None
     packed: bool = True
     split: str = "devel"
+    labels: Mapping[str, str] = field(default_factory=dict)
     name: str | None = None
     licence: str | None = None
     overwrite: bool = False
@@ -60,7 +61,7 @@ def export(options: ExportOptions) -> str:
         raise MissingPackage('exporting needs: pip install "medner[export]"') from exc
 
     checkpoint = bundles.load_checkpoint(options.checkpoint, options.window)
-    data = parity.read_parity_data(options.parity_data, options.split)
+    data = parity.read_parity_data(options.parity_data, options.split, labels=options.labels)
     reference = TorchModel(options.checkpoint)
     with _scratch(options.output) as scratch:
         target = scratch / "bundle"

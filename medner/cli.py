@@ -33,6 +33,25 @@ _data = click.option(
 )
 
 
+def _renamings(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """New names by old ones."""
+    pairs = [each.partition("=") for each in given]
+    for each, (old, _equals, new) in zip(given, pairs, strict=True):
+        if not (old and new):
+            raise click.UsageError(f"--label {each}: use OLD=NEW, or *=NEW for all others")
+    return {old: new for old, _equals, new in pairs}
+
+
+_labels = click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    callback=_renamings,
+    metavar="OLD=NEW",
+    help="Rename a label of the data; * is any other.",
+)
+
+
 def _print(message: str, *, err: bool = False) -> None:
     """Print a result. Raises :class:`OutputError` where standard output is full."""
     try:
@@ -165,7 +184,7 @@ def annotate(**given: Any) -> None:
     show_default=True,
     help="Of the arithmetic; auto takes bf16 or fp16 where the device has it.",
 )
-@click.option("--label", "labels", multiple=True, metavar="OLD=NEW", help="Rename a label of the data; * is any other.")
+@_labels
 @click.option(
     "--silver",
     multiple=True,
@@ -202,7 +221,7 @@ def annotate(**given: Any) -> None:
 @click.option(
     "--inspect", type=click.IntRange(min=1), metavar="N", help="Show N examples as the model sees them, and stop."
 )
-def train(inspect: int | None, labels: tuple[str, ...], **given: Any) -> None:
+def train(inspect: int | None, **given: Any) -> None:
     """Fine-tune a pretrained model on labelled text and keep its best epoch.
 
     The epoch with the best strict F1 on the devel split is kept. Several --data are learnt together. Writes the
@@ -213,19 +232,12 @@ def train(inspect: int | None, labels: tuple[str, ...], **given: Any) -> None:
     if given["output"] is None and inspect is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     output = given.pop("output") or Path()
-    options = training.TrainOptions(**given, output=output, labels=dict(map(_renaming, labels)))
+    options = training.TrainOptions(**given, output=output)
     if inspect:
         _print(str(training.inspect(options, inspect)))
         return
     _keep_memory()
     _print(str(training.train(options)))
-
-
-def _renaming(given: str) -> tuple[str, str]:
-    old, equals, new = given.partition("=")
-    if not (old and equals and new):
-        raise click.UsageError(f"--label {given}: use OLD=NEW, or *=NEW for all others")
-    return old, new
 
 
 @cli.command()
@@ -244,6 +256,7 @@ def _renaming(given: str) -> tuple[str, str]:
     "--parity-data", required=True, metavar="FILE", help="Real text for the gate: labelled documents or notes."
 )
 @click.option("--split", default="devel", show_default=True, help="Of parity data that has splits.")
+@_labels
 @click.option("--window", default="auto", show_default=True, metavar="auto|N", help="auto: best on labelled documents.")
 @click.option("--one-segment", is_flag=True, help="With --window N: a segment a window, not as many as fit.")
 @click.option("--name", help="Name of the bundle.  [default: the directory's]")
@@ -266,6 +279,7 @@ def export(window: str, one_segment: bool, **given: Any) -> None:
 )
 @click.option("--data", required=True, metavar="NAME|PATH", help="Labelled data: CoNLL, PubTator, JSONL, hub data set.")
 @click.option("--split", default="test", show_default=True, help="Split of the data set.")
+@_labels
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16", "int8"]),
@@ -276,7 +290,9 @@ def export(window: str, one_segment: bool, **given: Any) -> None:
 @click.option("--window", type=click.IntRange(min=8), help="Tokens of a window.  [default: the bundle's]")
 @click.option("--wrap", type=click.IntRange(min=2), metavar="N", help="Break the lines after N characters first.")
 @click.option("--json", "target", type=click.Path(path_type=Path), metavar="FILE", help="Write the scores there, too.")
-def evaluate(model: str, data: str, split: str, wrap: int | None, target: Path | None, **given: Any) -> None:
+def evaluate(
+    model: str, data: str, split: str, labels: dict[str, str], wrap: int | None, target: Path | None, **given: Any
+) -> None:
     """Score a model: strict entity scores with 95 % bootstrap intervals.
 
     Tokenized data is scored on its own tokens as seqeval does (strict, IOB2), other data on exact character offsets.
@@ -285,12 +301,13 @@ def evaluate(model: str, data: str, split: str, wrap: int | None, target: Path |
     from medner import evaluate as evaluation
     from medner.annotate import Options
 
-    documents = datasets.load(data, split)
+    documents = datasets.load(data, split, labels)
     annotator = evaluation.open_model(model, Options(**given))
     scores = evaluation.evaluate(annotator, evaluation.hard_wrapped(documents, wrap) if wrap else documents)
     if target is not None:
-        facts = {"model": model, "precision": annotator.precision, "data": data, "split": split, "wrap": wrap}
-        sinks.write_json(target, facts | {"window": annotator.bundle.window, **scores.as_dict()})
+        asked = {"data": data, "split": split, "labels_renamed": labels, "wrap": wrap}
+        facts = {"model": model, "precision": annotator.precision, **asked, "window": annotator.bundle.window}
+        sinks.write_json(target, facts | scores.as_dict())
     _print(f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}, on {data} ({split})")
     _print(f"{scores.documents} documents, scored on {scores.unit}\n{score.table(scores)}")
 
@@ -301,6 +318,7 @@ def evaluate(model: str, data: str, split: str, wrap: int | None, target: Path |
 @click.option("--notes", required=True, metavar="FILE", help="Your notes, or labelled documents, which give F1, too.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New directory.")
 @click.option("--split", default="devel", show_default=True, help="Of labelled data that has splits.")
+@_labels
 @click.option(
     "--limit", type=click.IntRange(min=1), default=200, show_default=True, help="Notes used, evenly over the file."
 )

@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,8 +54,9 @@ class CompareOptions:
     """What is compared.
 
     notes: labelled documents or plain notes, as the parity gate takes them. split: of a data set that has splits.
-    limit: notes used at most, spread evenly over the file. rounds: turns of each engine. device: auto, cpu or cuda:N.
-    threads: CPU threads of every engine; None takes the CPUs there are, on CUDA one. text_column: of plain notes.
+    labels: new names of its labels, by old ones. limit: notes used at most, spread evenly over the file. rounds: turns
+    of each engine. device: auto, cpu or cuda:N. threads: CPU threads of every engine; None takes the CPUs there are, on
+    CUDA one. text_column: of plain notes.
     """
 
     checkpoint: Path
@@ -63,6 +64,7 @@ class CompareOptions:
     notes: str
     output: Path
     split: str = "devel"
+    labels: Mapping[str, str] = field(default_factory=dict)
     limit: int = 200
     rounds: int = 5
     device: str = "auto"
@@ -83,7 +85,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     device = runtime.resolve_device(options.device)
     contenders = contenders_of(options.checkpoint, bundle, device)
     threads = options.threads or (runtime.available_cpus() if device == "cpu" else 1)
-    read = parity.read_parity_data(options.notes, options.split, options.text_column)
+    read = parity.read_parity_data(options.notes, options.split, options.text_column, options.labels)
     data = ParityData(read.name, spread(read.documents, options.limit), read.labelled)
     work = work_of(data, device)
     comparison.prepare(options.output, overwrite=options.overwrite)

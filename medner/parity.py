@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,14 +81,17 @@ class Report:
         return asdict(self)
 
 
-def read_parity_data(path: str, split: str = "devel", text_column: str = "text") -> ParityData:
+def read_parity_data(
+    path: str, split: str = "devel", text_column: str = "text", labels: Mapping[str, str] | None = None
+) -> ParityData:
     """Labelled documents, or plain notes: CSV, Parquet, compressed files, and JSONL without ``spans``.
 
-    split: of labelled data that has splits; text_column: of plain notes. Raises :class:`InputError`.
+    split: of labelled data that has splits; text_column: of plain notes; labels: new names of the data's labels, by old
+    ones. Raises :class:`InputError`.
     """
     name = Path(path).name
     if not Path(path).is_file() or not _is_plain(Path(path)):
-        return ParityData(name, datasets.load(path, split), True)
+        return ParityData(name, datasets.load(path, split, labels), True)
     reader = sources.Reader(sources.discover([path]).files, sources.ReadOptions(text_column=text_column))
     notes = [text for batch in reader.batches() for text in batch.column("text").to_pylist() if text]
     if not notes:

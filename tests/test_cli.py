@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import medner
-from medner import cli, run, testing
+from medner import cli, comparison, run, testing
 from medner.annotate import Annotator
 
 termios = pytest.importorskip("termios")
@@ -544,11 +544,31 @@ def test_train_and_export_refuse_what_cannot_be(call: Medner, tmp_path: Path) ->
         (("train", "--data", "x", "--base", "y"), "Missing option '-o' / '--output'."),
         (("train", "--data", "x", "--base", "y", "-o", "z", "--label", "=A"),
          "--label =A: use OLD=NEW, or *=NEW for all others"),
+        (("evaluate", "--data", "x", "--label", "A"), "--label A: use OLD=NEW, or *=NEW for all others"),
         (("export", "x", "-o", "y", "--parity-data", "z", "--window", "wide"),
          "--window wide: use auto or a number of tokens"),
     ):  # fmt: skip
         code, output, error = call(*arguments)
         assert (code, output, error.splitlines()[-1]) == (2, "", f"Error: {said}")
+
+
+def test_labels_of_labelled_data_are_renamed(call: Medner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command that reads labelled data takes new names of its labels."""
+    from medner import compare, export, train
+
+    asked: list[Any] = []
+    for module, name in ((train, "train"), (export, "export"), (compare, "compare")):
+        monkeypatch.setattr(module, name, asked.append)
+    monkeypatch.setattr(compare, "check_parity", lambda _: None)
+    monkeypatch.setattr(comparison, "text", str)
+    renamed = ("--label", "A=B", "--label", "*=C=D")
+    for arguments in (
+        ("train", "--data", "x", "--base", "y", "-o", "z"),
+        ("export", "x", "-o", "y", "--parity-data", "z"),
+        ("compare", "--checkpoint", "x", "--bundle", "y", "--notes", "z", "-o", "o"),
+    ):
+        assert call(*arguments, *renamed)[0] == 0
+    assert [options.labels for options in asked] == 3 * [{"A": "B", "*": "C=D"}]
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "system"), ("mimalloc", "mimalloc")])

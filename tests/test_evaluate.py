@@ -72,8 +72,8 @@ def test_scores_on_the_data_sets_own_tokens(conll: Path, capfd: pytest.CaptureFi
     assert row.split()[:4] == ["Disease", "100.00", "75.00", "85.71"]
     assert row.split()[-1] == "4"
     result = json.loads((conll / "s.json").read_text())
-    facts = ("model", "precision", "data", "split", "wrap", "window", "documents", "unit")
-    assert [result[name] for name in facts] == [TINY, "fp32", str(conll), "test", None, 32, 3, "tokens"]
+    facts = ("model", "precision", "data", "split", "labels_renamed", "wrap", "window", "documents", "unit")
+    assert [result[name] for name in facts] == [TINY, "fp32", str(conll), "test", {}, None, 32, 3, "tokens"]
     overall = result["overall"]
     assert 0 <= overall.pop("low") <= overall["f1"] <= overall.pop("high") <= 1
     assert overall == {"precision": 1.0, "recall": 0.75, "f1": 6 / 7, "tp": 3, "fp": 0, "fn": 1, "support": 4}
@@ -90,6 +90,20 @@ def test_scores_on_exact_offsets(jsonl: Path, capfd: pytest.CaptureFixture[str])
         result = json.loads(out.read_text())
         assert [result["overall"][name] for name in ("tp", "fp", "fn", "f1")] == [1, 2, 2, 1 / 3]
         assert (result["wrap"], result["window"]) == (9 if "--wrap" in arguments else None, 32 - 16 * (16 in arguments))
+
+
+def test_labels_of_the_data_are_renamed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is given the model's label counts; what keeps another one is of something else."""
+    data, scores = tmp_path / "gold.jsonl", tmp_path / "s.json"
+    data.write_text(json.dumps({"text": "asthma, aspirin", "spans": [[0, 6, "PROBLEM"], [8, 15, "DRUG"]]}) + "\n")
+    found = {}
+    for arguments in ((), ("--label", "PROBLEM=Disease"), ("--label", "PROBLEM=Disease", "--label", "*=Disease")):
+        code, _, error = call(capfd, "evaluate", "--model", TINY, "--data", data, "--json", scores, *arguments)
+        assert (code, error) == (0, "")
+        result = json.loads(scores.read_text())
+        found[len(arguments)] = [result["overall"][name] for name in ("tp", "fp", "fn")]
+    assert found == {0: [1, 0, 1], 2: [1, 0, 0], 4: [1, 0, 1]}
+    assert result["labels_renamed"] == {"PROBLEM": "Disease", "*": "Disease"}
 
 
 def test_errors(tmp_path: Path, jsonl: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -724,11 +724,12 @@ def test_labelled_parity_data(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_splits(tmp_path: Path) -> None:
-    """Of a data set the split asked for is read."""
+    """Of a data set the split asked for is read, and its labels renamed."""
     (tmp_path / "devel.tsv").write_text("Asthma\tB-Disease\n")
     (tmp_path / "test.tsv").write_text("Fever\tB-Disease\n")
     assert [d.text for d in parity.read_parity_data(str(tmp_path)).documents] == ["Asthma"]
-    assert [d.text for d in parity.read_parity_data(str(tmp_path), "test").documents] == ["Fever"]
+    (other,) = parity.read_parity_data(str(tmp_path), "test", labels={"*": "Problem"}).documents
+    assert (other.text, other.spans) == ("Fever", ((0, 5, "Problem"),))
 
 
 def test_plain_parity_data(tmp_path: Path) -> None:
