@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from medner import windows
 from medner.errors import InputError, MissingPackage
 
 Span = tuple[int, int, str]
@@ -79,8 +81,17 @@ def load(data: str, split: str, labels: Mapping[str, str] | None = None) -> list
     documents = _without_overlaps(documents, data)
     if labels:
         documents = _rename(documents, lambda label: labels.get(label, labels.get("*", label)))
-    _log.info("%s: %d documents, %d spans in %s", data, len(documents), sum(len(d.spans) for d in documents), split)
+    n_spans, crossing = sum(len(d.spans) for d in documents), sum(map(_crossing, documents))
+    if crossing:
+        _log.warning("%s: %d of %d spans cross a segment's end, where none can be found", data, crossing, n_spans)
+    _log.info("%s: %d documents, %d spans in %s", data, len(documents), n_spans, split)
     return documents
+
+
+def _crossing(document: Document) -> int:
+    """How many spans reach over a segment's end."""
+    bounds = windows.all_segments(document.text) if document.spans else []
+    return sum(bisect_right(bounds, start) < bisect_left(bounds, end) for start, end, _ in document.spans)
 
 
 def relabel(documents: Iterable[Document], label: str) -> list[Document]:

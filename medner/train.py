@@ -250,7 +250,7 @@ def encode(
     """
     capacity = window - len(encoder.prefix) - len(encoder.suffix)
     index = {tag: i for i, tag in enumerate(tags)}
-    bounds = [_segment_bounds(document.text) for document in documents]
+    bounds = [windows.all_segments(document.text) for document in documents]
     pairs = [(d, low, high) for d, edges in enumerate(bounds) for low, high in pairwise(edges)]
     tokens = encoder.tokenize([documents[d].text[low:high] for d, low, high in pairs])
     encoded = Encoded(documents, [], [], [], [])
@@ -276,13 +276,6 @@ def encode(
             encoded.owner.append(number)
         first = last
     return encoded
-
-
-def _segment_bounds(text: str) -> list[int]:
-    bounds = [0]
-    for start, end in windows.pieces(text):
-        bounds += [start + bound for bound in windows.segments(text[start:end])[1:]]
-    return bounds
 
 
 def _words(tokens: windows.Tokens, first: int, last: int, bounds: Sequence[int]) -> Ints:

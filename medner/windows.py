@@ -114,6 +114,14 @@ def segments(text: str) -> list[int]:
     return bounds
 
 
+def all_segments(text: str) -> list[int]:
+    """Bounds of the segments of a text of any length, which is worked through piece by piece."""
+    bounds = [0]
+    for start, end in pieces(text):
+        bounds += [start + bound for bound in segments(text[start:end])[1:]]
+    return bounds
+
+
 def _before_space(text: str, low: int, high: int) -> int:
     while high > low and text[high - 1].isspace():
         high -= 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from medner import windows
 from medner.datasets import Document, entities, labels_of, load, of_tokens, relabel
 from medner.errors import InputError, MissingPackage
 
@@ -118,6 +119,18 @@ def test_pubtator(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         f"{path}:1: 1 annotations dropped, their text is not at their offsets",
         f"{path}: 1 spans that overlap a longer one were dropped",
     ]
+
+
+def test_spans_that_cross_segments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Counted and told, since no span that is found can; one that touches a segment's end is none of them."""
+    text = "Known asthma. Gout in the left\nfoot.\n\nNo fever."
+    assert windows.all_segments(text) == [0, 13, 36, len(text)]
+    spans = [[6, 13, "A"], [14, 36, "A"], [32, 47, "A"]]
+    path = write(tmp_path / "x.jsonl", json.dumps({"text": text, "spans": [spans[0], spans[2]]}))
+    inside = write(tmp_path / "y.jsonl", json.dumps({"text": text, "spans": spans[:2]}))
+    with caplog.at_level(logging.WARNING):
+        assert [len(load(str(file), "test")[0].spans) for file in (path, inside)] == [2, 2]
+    assert caplog.messages == [f"{path}: 1 of 2 spans cross a segment's end, where none can be found"]
 
 
 def test_labels_are_renamed(tmp_path: Path) -> None:
