@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from medner import bundle as bundles
 from medner import decode, schema, windows
-from medner.errors import DeviceError, InputError, ModelError
+from medner.errors import DeviceError, InputError, ModelError, UsageError
 from medner.runtime import Session, available_cpus, has_cuda, resolve_device
 
 Ints = npt.NDArray[np.int64]
@@ -63,7 +63,7 @@ class Options:
     takes the bundle's. threads: inference threads; None takes the CPUs this process may use, on CUDA two. batch_tokens:
     padded tokens of one inference call; None takes :data:`BATCH_TOKENS`, on CUDA what :meth:`Session.probe` finds.
     min_score: spans below it are left out. reuse: infer equal windows once, on CUDA once in each stream. text_column:
-    the column that holds the notes.
+    the column that holds the notes. Raises :class:`UsageError` for numbers out of range.
     """
 
     precision: str = "auto"
@@ -74,6 +74,15 @@ class Options:
     min_score: float = 0.0
     reuse: bool = True
     text_column: str = "text"
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("window", "threads", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be 1 or more")
+        if not 0 <= self.min_score <= 1:  # NaN is not either
+            raise UsageError(f"min_score is {self.min_score}; it must lie between 0 and 1")
 
 
 @dataclass(slots=True)

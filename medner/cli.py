@@ -22,6 +22,9 @@ _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**18
 #: Also of mallopt(3): how many blocks may be mapped, and from how many free bytes on the heap shrinks.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD, _NEVER = -4, -1, 2**31 - 1
 
+#: Whether a path can be read is for the command to say, in its own words and with its exit code.
+_PATH = click.Path(readable=False, path_type=Path)
+
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 _data = click.option(
@@ -55,7 +58,10 @@ _labels = click.option(
 def _print(message: str, *, err: bool = False) -> None:
     """Print a result. Raises :class:`OutputError` where standard output is full."""
     try:
-        click.echo(message, err=err)
+        try:
+            click.echo(message, err=err)
+        except UnicodeEncodeError as exc:  # the name of a file
+            click.echo(message.encode(exc.encoding, "backslashreplace").decode(exc.encoding), err=err)
     except BrokenPipeError:
         raise
     except OSError as exc:
@@ -168,7 +174,7 @@ def annotate(**given: Any) -> None:
 @cli.command()
 @_data
 @click.option("--base", required=True, metavar="CHECKPOINT", help="Directory or hub name of a pretrained model.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the new checkpoint.")
+@click.option("-o", "--output", type=_PATH, help="Directory of the new checkpoint.")
 @click.option("--epochs", type=click.IntRange(min=1), default=8, show_default=True, help="Passes over the data.")
 @click.option("--lr", type=float, default=1e-4, show_default=True, help="Peak learning rate; it decays linearly.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Windows of one step.")
@@ -241,8 +247,8 @@ def train(inspect: int | None, **given: Any) -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="BUNDLE", help="New directory.")
+@click.argument("checkpoint", type=_PATH)
+@click.option("-o", "--output", type=_PATH, required=True, metavar="BUNDLE", help="New directory.")
 @click.option(
     "--precision",
     "precisions",
@@ -289,7 +295,7 @@ def export(window: str, one_segment: bool, **given: Any) -> None:
 )
 @click.option("--window", type=click.IntRange(min=8), help="Tokens of a window.  [default: the bundle's]")
 @click.option("--wrap", type=click.IntRange(min=2), metavar="N", help="Break the lines after N characters first.")
-@click.option("--json", "target", type=click.Path(path_type=Path), metavar="FILE", help="Write the scores there, too.")
+@click.option("--json", "target", type=_PATH, metavar="FILE", help="Write the scores there, too.")
 def evaluate(
     model: str, data: str, split: str, labels: dict[str, str], wrap: int | None, target: Path | None, **given: Any
 ) -> None:
@@ -313,10 +319,10 @@ def evaluate(
 
 
 @cli.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, metavar="DIR", help="PyTorch model.")
+@click.option("--checkpoint", type=_PATH, required=True, metavar="DIR", help="PyTorch model.")
 @click.option("--bundle", required=True, metavar="DIR", help="Bundle that was exported from it.")
 @click.option("--notes", required=True, metavar="FILE", help="Your notes, or labelled documents, which give F1, too.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New directory.")
+@click.option("-o", "--output", type=_PATH, required=True, metavar="DIR", help="New directory.")
 @click.option("--split", default="devel", show_default=True, help="Of labelled data that has splits.")
 @_labels
 @click.option(
@@ -343,7 +349,7 @@ def compare(**given: Any) -> None:
 
 
 @cli.command()
-@click.argument("output", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("output", type=_PATH, metavar="DIR")
 @click.option("--notes", multiple=True, metavar="INPUT", help="What was annotated, to compare spans with; repeatable.")
 def verify(output: Path, notes: tuple[str, ...]) -> None:
     """Check that a finished run's output is whole and agrees with its manifest.
@@ -372,7 +378,7 @@ def info(model: str) -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     default=".",
     metavar="OUT",
     help="Where a run would write.  [default: the working directory]",

@@ -26,6 +26,9 @@ FREE = frozenset(
     }
 )
 
+#: What a run's parts tell of its counts.
+_HELD = ("rows", "annotated", "rejected", "spans", "tokens", "unknown", "windows", "chars", "parts")
+
 #: Columns of the ``notes`` table that the input alone decides.
 _GIVEN = (*schema.KEY.names, "n_chars", "text_sha256", "reason")
 
@@ -40,6 +43,15 @@ def check_description(place: str, before: Mapping[str, Any], now: Mapping[str, A
         raise OutputError(
             f"{place}: cannot go on with this run: {name} was {old.get(name)}, is {new.get(name)}{more}; "
             "run as before, choose another -o, or pass --overwrite"
+        )
+
+
+def check_counts(place: str, recorded: Mapping[str, Any], found: Mapping[str, int]) -> None:
+    """Refuse a manifest that counts other things than its parts hold; raises :class:`OutputError`."""
+    if recorded.keys() != found.keys() or any(recorded[name] != found[name] for name in _HELD):
+        raise OutputError(
+            f"{place}: its {sinks.MANIFEST} counts other things than the parts hold; "
+            "restore it, or remove it and pass --resume"
         )
 
 

@@ -69,7 +69,7 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
     form = _output_format(options)
     _check_resume(options)
     found = sources.discover(options.inputs)
-    _check_apart(options.inputs, found.files, options.output)
+    _check_apart(options.inputs, found.files, options.output, form)
     if found.skipped and not options.quiet:
         _say(f"{found.skipped} {'file' if found.skipped == 1 else 'files'} of unknown suffix skipped")
     reader = sources.Reader(found.files, options.read, stdin)
@@ -128,6 +128,7 @@ def _annotate(
     done: dict[str, Any] = {"inputs": reader.inputs(), "counts": tally.counts()}
     if finished is not None and tally.parts == tally.parts_kept:
         resume.check_description(sink.name, {"inputs": finished["inputs"]}, {"inputs": done["inputs"]})
+        resume.check_counts(sink.name, finished["counts"], done["counts"])
         if not options.quiet:
             _say(f"{sink.name} was finished already")
         return finished | {"options": description["options"]}
@@ -224,17 +225,20 @@ def _interruptible(sink: sinks.Sink) -> Iterator[None]:
         raise
 
 
-def _check_apart(inputs: Iterable[str], files: Iterable[sources.InputFile], output: str) -> None:
+def _check_apart(inputs: Iterable[str], files: Iterable[sources.InputFile], output: str, form: str) -> None:
     """Refuse to read what the run writes: an input would be replaced, or spans read as though they were notes."""
     if output == "-":
         return
-    written = {path.resolve() for path in sinks.paths(Path(output))}
+    path = Path(output)
+    written = {sources.real(each) for each in sinks.paths(path)}
+    # Also before anything is there: the run could not be resumed, for its parts would be inputs.
+    files_of_a_part = [path / folder / f"part-000000.{form}" for folder in sinks.FOLDERS]
+    later = written if sinks.file_format(path) else {sources.real(each) for each in files_of_a_part}
     for name in inputs:
-        # Also before anything is there: the run could not be resumed, for its parts would be inputs.
-        if os.path.isdir(name) and any(path.is_relative_to(Path(name).resolve()) for path in written):  # noqa: PTH112
-            raise UsageError(f"-o {output} lies in the input {name}; choose another -o, or name files or a glob")
+        if any(sources.would_read(name, each) for each in later):
+            raise UsageError(f"-o {output} lies in the input {name}; choose another -o, or name files or another glob")
     for file in files:
-        if file.path is not None and not written.isdisjoint((real := file.path.resolve(), *real.parents)):
+        if file.path is not None and not written.isdisjoint((real := sources.real(file.path), *real.parents)):
             raise UsageError(f"{file} is an input and lies in the output {output}; choose another -o")
 
 

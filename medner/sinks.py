@@ -14,10 +14,12 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,7 +30,15 @@ from medner.errors import OutputError
 from medner.lock import NAME as LOCK
 from medner.lock import Claim, Lock
 
+Ints = npt.NDArray[np.int64]
+
 RUN, MANIFEST, FOLDERS = "run.json", "manifest.json", ("spans", "notes")
+
+#: Bytes of ids and kept values after which a row group of spans ends.
+GROUP_BYTES = 64 * 2**20
+
+#: Rows of a part that are read at a time.
+_READ_ROWS = 1_024
 
 #: What a single output file may end in: the format and pyarrow's name of the compression.
 FILE_SUFFIXES = {
@@ -61,20 +71,24 @@ class TableOptions:
 # Tables
 
 
-def spans_table(batch: pa.RecordBatch, options: TableOptions) -> pa.Table:
-    """The ``spans`` table of an annotated batch (columns of ``schema.source_schema`` and ``schema.ANNOTATION``)."""
-    return (nest if options.nested else explode)(batch, options)
+def spans_table(batch: pa.RecordBatch, options: TableOptions, low: int = 0, high: int | None = None) -> pa.Table:
+    """The ``spans`` table of an annotated batch (columns of ``schema.source_schema`` and ``schema.ANNOTATION``).
+
+    low, high: take only the rows of the table between, a span each or, nested, a note.
+    """
+    return nest(batch[low:high], options) if options.nested else explode(batch, options, low, high)
 
 
-def explode(batch: pa.RecordBatch, options: TableOptions = TableOptions()) -> pa.Table:
-    """A row per span, in input order."""
+def explode(
+    batch: pa.RecordBatch, options: TableOptions = TableOptions(), low: int = 0, high: int | None = None
+) -> pa.Table:
+    """A row per span, in input order. low, high: take only the spans between."""
     lists = batch.column("spans")
-    found = pc.list_flatten(lists)
-    parents = pc.list_parent_indices(lists)
+    found, parents = pc.list_flatten(lists)[low:high], pc.list_parent_indices(lists)[low:high]
     columns = {name: batch.column(name).take(parents) for name in (*schema.KEY.names, *_names(options.keep))}
     columns |= {name: pc.struct_field(found, name) for name in schema.SPAN.names}
     if options.text:
-        columns["text"] = pa.array(_mentions(batch), pa.string())
+        columns["text"] = _mentions(batch, found, parents)
     return _as_table(columns, schema.spans_schema(text=options.text, keep=options.keep))
 
 
@@ -86,7 +100,7 @@ def nest(batch: pa.RecordBatch, options: TableOptions) -> pa.Table:
     kind = wanted.field("spans").type
     fields = {name: pc.struct_field(found, name) for name in schema.SPAN.names}
     if options.text:
-        fields["text"] = pa.array(_mentions(batch), pa.string())
+        fields["text"] = _mentions(batch, found, pc.list_parent_indices(lists))
     structs = pa.StructArray.from_arrays([fields[f.name] for f in kind.value_type], fields=list(kind.value_type))
     bounds = np.concatenate([[0], np.cumsum(batch.column("n_spans").to_numpy())])
     nested = pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), structs, type=kind, mask=lists.is_null())
@@ -110,16 +124,17 @@ def _names(fields: Iterable[pa.Field]) -> list[str]:
     return [field.name for field in fields]
 
 
-def _mentions(batch: pa.RecordBatch) -> list[str]:
-    """Text of each span, in order."""
+def _mentions(batch: pa.RecordBatch, spans: pa.StructArray, parents: pa.Array) -> pa.Array:
+    """Text of each span. parents: the row of the batch that each lies in, in order."""
     mentions: list[str] = []
-    spans = batch.column("spans")
-    for row in np.flatnonzero(batch.column("n_spans").to_numpy()).tolist():
-        text = batch.column("text")[row].as_py()
-        found = spans[row].values
-        starts, ends = found.field("start").to_pylist(), found.field("end").to_pylist()
-        mentions.extend(text[start:end] for start, end in zip(starts, ends, strict=True))
-    return mentions
+    last, text = -1, ""
+    for row, start, end in zip(
+        parents.to_pylist(), *(spans.field(n).to_pylist() for n in ("start", "end")), strict=True
+    ):
+        if row != last:
+            last, text = row, batch.column("text")[row].as_py()
+        mentions.append(text[start:end])
+    return pa.array(mentions, pa.string())
 
 
 def json_lines(table: pa.Table) -> Iterator[bytes]:
@@ -162,18 +177,29 @@ def json_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     return map(orjson.loads, json_lines(table))
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a part, Parquet or JSONL, with JSON's values. Raises :class:`OutputError` if it is damaged."""
+def read_rows(path: Path, columns: Sequence[str], wanted: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a part, Parquet or JSONL, with JSON's values. Raises :class:`OutputError` if it is damaged.
+
+    columns: those that it must have. wanted: those that are needed, if not all; rows may have the others, too.
+    """
     try:
         if path.suffix == ".parquet":
             with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches():
-                    yield from _with_columns(json_rows(pa.Table.from_batches([batch])), columns)
+                if file.schema_arrow.names != list(columns):
+                    raise ValueError("not this table")
+                for batch in file.iter_batches(_READ_ROWS, columns=wanted):
+                    yield from json_rows(pa.Table.from_batches([batch]))
         else:
             with path.open("rb") as lines:
-                yield from _with_columns(map(orjson.loads, lines), columns)
+                yield from _with_columns(map(_json_line, lines), columns)
     except (OSError, ValueError, pa.ArrowException) as exc:
         raise _damaged(path) from exc
+
+
+def _json_line(line: bytes) -> Any:
+    if not line.endswith(b"\n"):
+        raise ValueError("cut short")
+    return orjson.loads(line)
 
 
 def _with_columns(rows: Iterable[Any], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -313,7 +339,7 @@ class _TableFile:
 
     def write(self, table: pa.Table) -> None:
         if self._parquet is not None:
-            # One row group a part, also for no rows at all: equal input gives equal bytes.
+            # One row group, also for no rows at all: equal input gives equal bytes.
             self._parquet.write_table(table, row_group_size=max(1, table.num_rows))
         else:
             for line in json_lines(table):
@@ -399,17 +425,17 @@ class PartWriter:
 
         Returns the SHA-256 of both by their names in the directory. Raises :class:`OutputError`.
         """
-        tables = _tables(batches, self.options)
         with _translated(self.path):
             # A finished run that is short of a part is finished no longer.
             (self.path / MANIFEST).unlink(missing_ok=True)
         digests = {}
-        for folder, table in zip(FOLDERS, tables, strict=True):
+        for folder, (wanted, tables) in zip(FOLDERS, _tables(batches, self.options), strict=True):
             path = self.file(folder, part)
             with atomic(path, self.claim.check) as file:
-                draft = _TableFile(file, table.schema, self.form, None)
+                draft = _TableFile(file, wanted, self.form, None)
                 try:
-                    draft.write(table)
+                    for table in tables:
+                        draft.write(table)
                     draft.close()
                 except BaseException:
                     draft.abandon()
@@ -473,7 +499,8 @@ class DirectorySink(Sink):
         if run == {}:
             raise OutputError(f"{self._path / RUN}: damaged or cut short; pass --overwrite to run anew")
         if manifest is not None:
-            if not {"inputs", "counts", "files"} <= manifest.keys():
+            sections = {"model": dict, "inputs": list, "counts": dict, "files": dict, "seconds": float}
+            if any(type(manifest.get(name)) is not kind for name, kind in sections.items()):
                 raise _damaged(self._path / MANIFEST)
             self._recorded = manifest["files"]
         return run, manifest
@@ -497,8 +524,11 @@ class DirectorySink(Sink):
             if self._recorded.get(name, digest) != digest:
                 raise _damaged(self._path / name)
         rows = list(read_rows(notes, self._options.notes_schema().names))
-        expected = len(rows) if self._options.nested else sum(row["n_spans"] for row in rows)
-        if sum(1 for _ in read_rows(spans, self._options.spans_schema().names)) != expected:
+        if not all(map(_is_note, rows)):
+            raise _damaged(notes)
+        owners = (_key(row) for row in rows for _ in range(1 if self._options.nested else row["n_spans"]))
+        found = map(_key, read_rows(spans, self._options.spans_schema().names, ("source", "row")))
+        if any(owner != key for owner, key in zip_longest(owners, found)):
             raise _damaged(spans)
         self._digests |= digests
         return rows
@@ -529,6 +559,19 @@ class DirectorySink(Sink):
     def close(self) -> None:
         """Leave what is committed, and give the directory back."""
         self._lock.release()
+
+
+_COUNTS = tuple(name for name in schema.ANNOTATION.names if name.startswith("n_"))
+
+
+def _is_note(row: Mapping[str, Any]) -> bool:
+    """Whether what is counted from a row of the ``notes`` table, which may be JSON of any kind, can be."""
+    counted = all(type(row[name]) is int and row[name] >= 0 for name in _COUNTS)
+    return counted and row["status"] == ("annotated" if row["reason"] is None else "rejected")
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    return row["source"], row["row"]
 
 
 def _state(path: Path) -> str | None:
@@ -573,24 +616,26 @@ class FileSink(Sink):
         self._files: list[_TableFile] = []
         try:
             with _translated(path):
-                for target, table in zip(targets, _tables((), options), strict=True):
+                for target, wanted in zip(targets, (options.spans_schema(), options.notes_schema()), strict=True):
                     self._drafts.append(_Draft(target))
-                    self._files.append(_TableFile(self._drafts[-1].file, table.schema, *FILE_SUFFIXES[suffix]))
+                    self._files.append(_TableFile(self._drafts[-1].file, wanted, *FILE_SUFFIXES[suffix]))
         except BaseException:
             self.close()
             raise
 
     def _check_free(self, targets: Iterable[Path], *, overwrite: bool) -> None:
         for existing in (*targets, self._manifest):
-            if existing.exists() and not overwrite:
+            with _translated(existing):
+                found = existing.exists()
+            if found and not overwrite:
                 raise OutputError(f"{existing}: exists already; choose another -o, or pass --overwrite")
 
     def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:  # noqa: ARG002 - the sinks' common call
         """Append one part."""
-        tables = _tables(batches, self._options)
         with _translated(Path(self.name)):
-            for file, table in zip(self._files, tables, strict=True):
-                file.write(table)
+            for file, (_, tables) in zip(self._files, _tables(batches, self._options), strict=True):
+                for table in tables:
+                    file.write(table)
 
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Give the files their names once both are on the disk, and write the manifest, the mark of a finished run."""
@@ -637,15 +682,59 @@ class StreamSink(Sink):
                 self._stream.flush()
 
 
-def _tables(batches: Iterable[pa.RecordBatch], options: TableOptions) -> tuple[pa.Table, pa.Table]:
-    """Both tables of a part. Each batch is made into rows as it comes, so that the notes' text is not held."""
-    spans, notes = [options.spans_schema().empty_table()], [options.notes_schema().empty_table()]
+def _tables(batches: Iterable[pa.RecordBatch], options: TableOptions) -> Iterator[tuple[pa.Schema, Iterable[pa.Table]]]:
+    """Both tables of a part, ``spans`` first: the schema, and the row groups, to be taken before the next table is.
+
+    Each batch is made into rows as it comes, so that the notes' text is not held.
+    """
+    notes = [options.notes_schema().empty_table()]
+
+    def noted() -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            yield batch
+            notes.append(notes_table(batch, options))
+            # Or else what is freed piece by piece stays with the process, and memory grows over a run.
+            pa.default_memory_pool().release_unused()
+
+    yield options.spans_schema(), _groups(noted(), options)
+    yield options.notes_schema(), [pa.concat_tables(notes)]
+
+
+def _groups(batches: Iterable[pa.RecordBatch], options: TableOptions) -> Iterator[pa.Table]:
+    """The ``spans`` table in row groups, whose ends depend on the rows alone; one at least.
+
+    Each span has a copy of its note's kept values: a group ends with the one that brings them to :data:`GROUP_BYTES`.
+    """
+    held, size = [options.spans_schema().empty_table()], 0
     for batch in batches:
-        spans.append(spans_table(batch, options))
-        notes.append(notes_table(batch, options))
-        # Or else what is freed piece by piece stays with the process, and memory grows over a run.
-        pa.default_memory_pool().release_unused()
-    return pa.concat_tables(spans), pa.concat_tables(notes)
+        ends = np.cumsum(_copied(batch, options))
+        low = 0
+        while low < len(ends):
+            before = int(ends[low - 1]) if low else 0
+            high = min(len(ends), int(np.searchsorted(ends, GROUP_BYTES - size + before)) + 1)
+            held.append(spans_table(batch, options, low, high))
+            size += int(ends[high - 1]) - before
+            low = high
+            if size >= GROUP_BYTES:
+                yield pa.concat_tables(held)
+                held, size = [], 0
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _copied(batch: pa.RecordBatch, options: TableOptions) -> Ints:
+    """Bytes that each row of the ``spans`` table copies of its note, int64 [n]."""
+    sizes = sum(_sizes(batch.column(name)) for name in (*schema.KEY.names, *_names(options.keep)))
+    return np.asarray(sizes if options.nested else np.repeat(sizes, batch.column("n_spans").to_numpy()))
+
+
+def _sizes(column: pa.Array) -> Ints:
+    """Bytes of each value, int64 [n]."""
+    with contextlib.suppress(ValueError):  # a type whose values differ in size
+        return np.full(len(column), -(-column.type.bit_width // 8))
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return np.asarray(pc.fill_null(pc.binary_length(column), 0)).astype(np.int64)
+    return np.array([column.slice(row, 1).nbytes for row in range(len(column))], np.int64)
 
 
 def file_format(path: Path) -> str | None:

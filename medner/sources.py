@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path, PurePosixPath
@@ -196,23 +197,30 @@ def _expand(name: str) -> tuple[list[InputFile], int]:
         InputFile(path, _source(path, base), kind, compression)
         for path in paths
         for kind, compression in [_kind(path.name)]
-        if kind is not None and (path.is_file() or path.is_symlink())
+        if kind is not None and (path.is_file() or not path.exists())  # what a link does not lead to is an error
     ]
     return sorted(known, key=lambda file: file.source), len(paths) - len(known)
 
 
-def _walk(directory: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def real(path: str | Path) -> Path:
+    """The path without links. Not ``Path.resolve``, which raises for a link to itself."""
+    return Path(os.path.realpath(path))
+
+
+def _walk(directory: Path) -> Iterator[Path]:
     """All files below, without hidden ones; linked directories are followed, loops of links are not."""
-    real = directory.resolve()
-    if real in above:
-        return
-    for entry in directory.iterdir():
-        if entry.name.startswith("."):
+    left = [(directory, frozenset[Path]())]
+    while left:
+        path, above = left.pop()
+        if (here := real(path)) in above:
             continue
-        if entry.is_dir():
-            yield from _walk(entry, above | {real})
-        else:
-            yield entry
+        for entry in path.iterdir():
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                left.append((entry, above | {here}))
+            else:
+                yield entry
 
 
 def _matches(name: str, pattern: Path, base: Path) -> Iterator[Path]:
@@ -232,6 +240,27 @@ def _glob_base(pattern: Path) -> Path:
     """The leading directories of a pattern that hold no wildcard."""
     plain = next(number for number, part in enumerate(pattern.parts) if glob.has_magic(part))
     return Path(*pattern.parts[:plain])
+
+
+def would_read(name: str, path: Path) -> bool:
+    """Whether an INPUT names a path, or a directory on the way to it, once they are there. path: of :func:`real`."""
+    if os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises where nobody can tell
+        return path.is_relative_to(real(name))
+    if os.path.exists(name) or not glob.has_magic(name):  # noqa: PTH110
+        return False
+    base = _glob_base(Path(name))
+    return _fits((*real(base).parts, *Path(name).parts[len(base.parts) :]), path.parts)
+
+
+def _fits(pattern: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether a pattern matches a path, part by part, or one that leads to it."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_fits(pattern[1:], parts[number:]) for number in range(len(parts) + 1))
+    if not parts or (parts[0].startswith(".") and not pattern[0].startswith(".")):
+        return False
+    return fnmatchcase(parts[0], pattern[0]) and _fits(pattern[1:], parts[1:])
 
 
 def _source(path: Path, base: Path) -> str:
@@ -265,10 +294,10 @@ def _check_distinct(files: Iterable[InputFile]) -> None:
             raise UsageError(f"two inputs would both be called {file.source}; pass their common directory instead")
         sources.add(file.source)
         if file.path is not None:
-            real = file.path.resolve()
-            if real in paths:
+            found = real(file.path)
+            if found in paths:
                 raise UsageError(f"{file} is given twice; pass each file once")
-            paths.add(real)
+            paths.add(found)
 
 
 def sizes(files: Iterable[InputFile]) -> list[dict[str, Any]]:
@@ -342,9 +371,9 @@ class Reader:
     def inputs(self) -> list[dict[str, Any]]:
         """What was read, for the manifest: ``source``, ``bytes``, ``sha256``, ``rows`` for each file opened.
 
-        ``sha256`` is that of the file as it lies on disk, and None where the limit ended the pass within it. Text
-        files, whose names may be ids, are one record for each run of them: ``text_files``, ``bytes`` and a ``sha256``
-        over the lines ``source NUL sha256 LF`` in order.
+        ``sha256`` is that of the file as it lies on disk, and None where the limit ended the pass within it, as are the
+        bytes of a stream. Text files, whose names may be ids, are one record for each run of them: ``text_files``,
+        ``bytes`` and a ``sha256`` over the lines ``source NUL sha256 LF`` in order.
         """
         return [dict(record) for record in self._inputs]
 
@@ -447,7 +476,7 @@ class Reader:
     def _record(self, raw: _Raw, rows: int, *, whole: bool) -> None:
         """Note what was read of a file, after checking that it did not change meanwhile."""
         size, sha256 = raw.finish(whole=whole)
-        self._bytes_before, self._current = self._bytes_before + size, None
+        self._bytes_before, self._current = self._bytes_before + (size or 0), None
         file = raw.name
         if file.kind != "text":
             self._inputs.append({"source": file.source, "bytes": size, "sha256": sha256, "rows": rows})
@@ -457,7 +486,7 @@ class Reader:
             self._texts = hashlib.sha256()
         self._texts.update(f"{file.source}\0{sha256}\n".encode())
         run = self._inputs[-1]
-        run.update(text_files=run["text_files"] + 1, bytes=run["bytes"] + size, sha256=self._texts.hexdigest())
+        run.update(text_files=run["text_files"] + 1, bytes=run["bytes"] + (size or 0), sha256=self._texts.hexdigest())
 
 
 def texts(given: str) -> Iterator[str]:
@@ -577,11 +606,14 @@ class _Raw(io.RawIOBase):
         while self.read(_CHUNK):
             pass
 
-    def finish(self, *, whole: bool) -> tuple[int, str | None]:
-        """Bytes of the file and, after a whole pass, their hash. Raises if the file changed or ended early."""
+    def finish(self, *, whole: bool) -> tuple[int | None, str | None]:
+        """Bytes of the file and, after a whole pass, their hash. Raises if the file changed or ended early.
+
+        Of a stream that was not read to its end both are None: what lies behind the last row came along by chance.
+        """
         if whole and self._bytes == 0 and self.name.compression:
             raise _damaged(self.name)  # no compression has an empty file
-        size = self._bytes
+        size = self._bytes if whole else None
         # The size of a pipe or a device says nothing.
         if self._before is not None and stat.S_ISREG(self._before.st_mode):
             after = os.fstat(self.file.fileno())

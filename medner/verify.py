@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from fnmatch import fnmatch
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -33,8 +33,8 @@ from medner.run import PART_BYTES
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-#: Rows of the ``notes`` table that are held at a time, with their spans.
-_ROWS = 1_000
+#: Rows of a table that are held at a time, of ``notes`` with their spans; with kept columns, whose values may be long.
+_ROWS, _KEPT_ROWS = 1_000, 50
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _REASONS = pa.array(list(map(str, sources.Reason)), pa.string())
 _NO_TEXT = schema.text_sha256("")
@@ -113,7 +113,7 @@ class _Run:
 #: What each row of ``notes`` counts, as ``n_chars`` and so on.
 _COUNTED = ("chars", "tokens", "unknown", "windows", "spans")
 _SUMS = ("rows", "annotated", "rejected", *_COUNTED)
-_COUNTS = (*_SUMS, "parts", "windows_inferred", "windows_reused", "windows_kept")
+_COUNTS = (*_SUMS, "parts", "parts_kept", "rows_kept", "windows_inferred", "windows_reused", "windows_kept")
 _TEXT, _NUMBER = (str,), (int,)
 _ABSENT = object()
 
@@ -121,13 +121,14 @@ _ABSENT = object()
 _DESCRIPTION = {
     "medner": _TEXT,
     "versions": {},
-    "model": {"labels": [_TEXT]},
+    "model": {"labels": [_TEXT], "window": _NUMBER, "files": {}},
     "options": {
         "format": _TEXT,
         "text": (bool,),
         "nested": (bool,),
         "part_rows": _NUMBER,
         "min_score": (int, float),
+        "reuse": (bool,),
         "read": {
             "text_column": _TEXT,
             "id_column": (str, type(None)),
@@ -139,9 +140,10 @@ _DESCRIPTION = {
             "unique_ids": (bool,),
         },
     },
+    "inputs": [{}],
 }
-_MANIFEST = _DESCRIPTION | {"inputs": [{}], "counts": dict.fromkeys(_COUNTS, _NUMBER), "files": {}}
-_TABLE_INPUT = {"source": _TEXT, "bytes": _NUMBER, "sha256": (str, type(None)), "rows": _NUMBER}
+_MANIFEST = _DESCRIPTION | {"counts": dict.fromkeys(_COUNTS, _NUMBER), "files": {}}
+_TABLE_INPUT = {"source": _TEXT, "bytes": (int, type(None)), "sha256": (str, type(None)), "rows": _NUMBER}
 _TEXT_INPUT = {"text_files": _NUMBER, "bytes": _NUMBER, "sha256": _TEXT}
 
 
@@ -226,12 +228,25 @@ def _check_manifest(path: Path, manifest: dict[str, Any], pairs: int) -> None:
     ):
         if counts[name] != total:
             raise _wrong(path, f"counts.{name} is {counts[name]}, but {what} add up to {total}")
+    for what, holds in (
+        ("counts.rows is above options.read.limit", counts["rows"] <= _most(options["read"]["limit"])),
+        ("counts.rows_kept is above counts.rows", counts["rows_kept"] <= counts["rows"]),
+        ("counts.parts_kept is above counts.parts", counts["parts_kept"] <= counts["parts"]),
+        ("counts.windows_reused is not 0 without options.reuse", options["reuse"] or not counts["windows_reused"]),
+        ("model.files is empty", bool(manifest["model"]["files"])),
+    ):
+        if not holds:
+            raise _wrong(path, what)
     # The last part may be shorter, and a run without a row has one part.
     fewest, most = -(-counts["rows"] // max(options["part_rows"], 1)), counts["rows"]
     if not max(fewest, 1) <= counts["parts"] <= max(most, 1):
         raise _wrong(path, f"counts.parts is {counts['parts']}, which cannot hold {counts['rows']} rows")
     if len(manifest["files"]) != 2 * pairs:
         raise _wrong(path, f"files lists {len(manifest['files'])} files, not {2 * pairs}")
+
+
+def _most(limit: int | None) -> float:
+    return math.inf if limit is None else limit
 
 
 def _rows_read(record: Mapping[str, Any]) -> int:
@@ -241,10 +256,22 @@ def _rows_read(record: Mapping[str, Any]) -> int:
 
 def _check_description(path: Path, manifest: dict[str, Any]) -> None:
     """``run.json`` must describe the run that the manifest describes; what a resumed run may change is free."""
-    begun, ended = (_described(record) for record in (_load(path, _DESCRIPTION), manifest))
+    run = _load(path, _DESCRIPTION)
+    begun, ended = _described(run), _described(manifest)
     for name in dict.fromkeys([*begun, *ended]):
         if name not in FREE and (name not in begun or name not in ended or begun[name] != ended[name]):
             raise _wrong(path, f"{name} is not that of {sinks.MANIFEST}")
+    # The limit may have ended the run before the last of what was to be read.
+    to_read, read = run["inputs"], manifest["inputs"]
+    if len(to_read) < len(read) or not all(map(_is_input, to_read, read)):
+        raise _wrong(path, f"inputs are not those of {sinks.MANIFEST}")
+
+
+def _is_input(to_read: Mapping[str, Any], read: Mapping[str, Any]) -> bool:
+    """Whether an entry of ``inputs`` before a run can be one after it. Of streams and text files no size was known."""
+    unknown = "text_files" in read or None in (to_read.get("bytes"), read["bytes"])
+    names = ("text_files" in to_read, to_read.get("source")) == ("text_files" in read, read.get("source"))
+    return names and (unknown or to_read["bytes"] == read["bytes"])
 
 
 def _described(record: dict[str, Any]) -> dict[str, Any]:
@@ -258,8 +285,8 @@ def _parts(path: Path, form: str, count: int) -> tuple[tuple[Path, Path], ...]:
     names = [f"part-{number:06d}.{form}" for number in range(count)]
     for folder in sinks.FOLDERS:
         with _translated(path / folder):
-            # A writer that was killed leaves its draft, which no reader takes for a part.
-            found = {file.name for file in (path / folder).iterdir() if not fnmatch(file.name, ".part-*.tmp")}
+            # Hidden are the draft of a writer that was killed, and what a file browser leaves: neither is a part.
+            found = {file.name for file in (path / folder).iterdir() if not file.name.startswith(".")}
         if missing := sorted(set(names) - found):
             step = "medner annotate --resume writes it again"
             raise _wrong(path / folder / missing[0], f"is missing; the run has {count} parts", step)
@@ -342,7 +369,8 @@ class _Stream:
     def __init__(self, path: Path, batches: Iterable[pa.RecordBatch], columns: pa.Schema) -> None:
         self.path = path
         self._batches = iter(batches)
-        self._held = self._empty = pa.RecordBatch.from_pylist([], columns)
+        self.columns = columns
+        self._held = self.empty = pa.RecordBatch.from_pylist([], columns)
         #: Rows given out so far.
         self.taken = 0
 
@@ -363,7 +391,7 @@ class _Stream:
     def take(self, count: int) -> _Rows:
         """The next ``count`` rows, fewer at the end, as one batch."""
         first = self.taken
-        batch = pa.concat_batches([self._empty, *self.pieces(count)])
+        batch = pa.concat_batches([self.empty, *self.pieces(count)])
         return _Rows(self.path, batch, np.arange(first, self.taken))
 
 
@@ -383,11 +411,19 @@ def _annotated(notes: _Rows, stream: _Stream, tables: sinks.TableOptions) -> _An
     """Notes with their spans, which come next in the stream of the spans file and must be theirs."""
     parents = np.repeat(np.arange(len(notes)), notes.ints("n_spans"))
     owners = np.arange(len(notes)) if tables.nested else parents
-    found = stream.take(len(owners))
-    owned = notes.batch.take(pa.array(owners[: len(found)], pa.int64()))
-    for name in (*schema.KEY.names, *(field.name for field in tables.keep)):
-        right = _same(found.column(name), owned.column(name))
-        found.require(right, f"{name} is not that of the note whose turn it is in {notes.path}")
+    first = stream.taken
+    copied = [*schema.KEY.names, *(field.name for field in tables.keep)]
+    own = [name for name in stream.columns.names if name not in copied]
+    pieces = [stream.empty.select(own)]
+    for piece in stream.pieces(len(owners)):
+        before = stream.taken - first - piece.num_rows
+        rows = _Rows(stream.path, piece, np.arange(first + before, stream.taken))
+        owned = notes.batch.take(pa.array(owners[before : before + len(rows)], pa.int64()))
+        for name in copied:
+            right = _same(rows.column(name), owned.column(name))
+            rows.require(right, f"{name} is not that of the note whose turn it is in {notes.path}")
+        pieces.append(piece.select(own))
+    found = _Rows(stream.path, pa.concat_batches(pieces), np.arange(first, stream.taken))
     if len(found) < len(owners):
         raise notes.wrong(int(owners[len(found)]), f"its spans are not all in {stream.path}")
     return _Annotated(notes, _unnested(found, notes, parents) if tables.nested else found, parents)
@@ -431,13 +467,14 @@ def _bools(column: pa.Array) -> Bools:
 def _read(path: Path, columns: pa.Schema, keep: Sequence[pa.Field]) -> Iterator[pa.RecordBatch]:
     """Rows of one file, which must have exactly these columns, in batches."""
     with _translated(path), path.open("rb") as file:
+        most = _KEPT_ROWS if keep else _ROWS
         if path.suffix.lower() == ".parquet":
-            yield from _read_parquet(path, file, columns)
+            yield from _read_parquet(path, file, columns, most)
         else:
-            yield from _read_jsonl(path, file, columns, [field.name for field in keep])
+            yield from _read_jsonl(path, file, columns, [field.name for field in keep], most)
 
 
-def _read_parquet(path: Path, file: BinaryIO, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _read_parquet(path: Path, file: BinaryIO, columns: pa.Schema, most: int) -> Iterator[pa.RecordBatch]:
     parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
     found = parquet.schema_arrow
     for number, field in enumerate(columns):
@@ -448,19 +485,21 @@ def _read_parquet(path: Path, file: BinaryIO, columns: pa.Schema) -> Iterator[pa
         raise _wrong(path, f"has {len(found)} columns, not the {len(columns)} of its table")
     if (found.metadata or {}).get(b"medner.schema_version") != schema.SCHEMA_VERSION.encode():
         raise _wrong(path, f"its medner.schema_version is not {schema.SCHEMA_VERSION}")
-    for batch in parquet.iter_batches(_ROWS, use_threads=False):
+    for batch in parquet.iter_batches(most, use_threads=False):
         batch.validate(full=True)  # reading alone does not look whether text is UTF-8
         yield batch
 
 
-def _read_jsonl(path: Path, file: BinaryIO, columns: pa.Schema, keep: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _read_jsonl(
+    path: Path, file: BinaryIO, columns: pa.Schema, keep: Sequence[str], most: int
+) -> Iterator[pa.RecordBatch]:
     """Batches of the lines' values; those of kept columns as JSON text, since JSON does not say their types."""
     accepts = {field.name: _accepts(field) for field in columns}
     kind = pa.struct(list(columns))
     codec = _COMPRESSIONS.get(path.suffix.lower())
     lines = io.BufferedReader(pa.CompressedInputStream(file, codec)) if codec else file
     number = 0
-    while held := list(islice(lines, _ROWS)):
+    while held := list(islice(lines, most)):
         rows = []
         for line in held:
             row, what = _json_row(line, accepts, keep)
@@ -512,8 +551,8 @@ def _accepts(field: pa.Field) -> Callable[[Any], bool]:
 # What the tables say
 
 
-def _check_notes(notes: _Rows) -> None:
-    """Each row of the ``notes`` table must be consistent in itself."""
+def _check_notes(notes: _Rows, window: int, max_note_bytes: int) -> None:
+    """Each row of the ``notes`` table must be consistent in itself. window: tokens that one holds at most."""
     status, reason, digest = (notes.column(name) for name in ("status", "reason", "text_sha256"))
     annotated, rejected = _bools(pc.equal(status, "annotated")), _bools(pc.equal(status, "rejected"))
     notes.require(annotated | rejected, "status is neither annotated nor rejected")
@@ -528,8 +567,10 @@ def _check_notes(notes: _Rows) -> None:
     is_digest = _bools(pc.match_substring_regex(digest, "^[0-9a-f]{64}$"))
     notes.require(rejected | is_digest, "text_sha256 is not 64 hexadecimal digits")
     notes.require(rejected | ((chars == 0) == _bools(pc.equal(digest, _NO_TEXT))), "n_chars contradicts text_sha256")
+    notes.require(chars <= max_note_bytes, "n_chars is more than max_note_bytes allows")
     notes.require(unknown <= tokens, "n_unknown is above n_tokens")
     notes.require(((windows > 0) == (tokens > 0)) & (windows <= tokens), "n_windows contradicts n_tokens")
+    notes.require(tokens <= windows * window, "n_tokens is more than n_windows windows hold")
     # Spans do not overlap, and each has a character and a token at least.
     notes.require((spans <= tokens) & (spans <= chars), "n_spans is above n_tokens or n_chars")
 
@@ -628,8 +669,8 @@ class _Check:
             for path, columns in ((spans_path, tables.spans_schema()), (notes_path, tables.notes_schema()))
         )
         counts: Counter[str] = Counter()
-        while len(rows := notes.take(_ROWS)):
-            _check_notes(rows)
+        while len(rows := notes.take(_KEPT_ROWS if tables.keep else _ROWS)):
+            _check_notes(rows, run.manifest["model"]["window"], run.manifest["options"]["read"]["max_note_bytes"])
             self._keys.check(rows, self._counts["rows"] + counts["rows"])
             if run.part_rows is not None:
                 _check_not_full(rows, counts["chars"], run.part_rows)

@@ -246,6 +246,7 @@ FAILURES: list[tuple[str, int, str]] = [
      "medner: --keep text: the output has a column of that name already; rename it in the input\n"),
     ("notes.jsonl -o notes.jsonl --overwrite", 2,
      "medner: notes.jsonl is an input and lies in the output notes.jsonl; choose another -o\n"),
+    ("notes.jsonl -o out --min-score nan", 2, "medner: min_score is nan; it must lie between 0 and 1\n"),
     # input and model
     ("none.jsonl -o out", 4, "medner: none.jsonl: no such file or directory\n"),
     ("empty -o out", 4, f"medner: empty: no file to read (0 of unknown suffix); medner reads {READS}\n"),
@@ -569,6 +570,17 @@ def test_labels_of_labelled_data_are_renamed(call: Medner, monkeypatch: pytest.M
     ):
         assert call(*arguments, *renamed)[0] == 0
     assert [options.labels for options in asked] == 3 * [{"A": "B", "*": "C=D"}]
+
+
+def test_a_path_that_cannot_be_printed(tmp_path: Path) -> None:
+    """Bytes that are no text are shown as escapes; that a check passed is not lost over them."""
+    (tmp_path / "notes.jsonl").write_text('{"text": "fever"}\n')
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/run\xff")
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    for arguments in (("annotate", "notes.jsonl", "-o", out, "--model", TINY, "--quiet"), ("verify", out)):
+        done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/run\\udcff: 1 notes (0 rejected)")
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "system"), ("mimalloc", "mimalloc")])

@@ -770,8 +770,18 @@ def test_part_files_that_are_damaged(
     content = file.read_bytes()
     damaged = truncations(content)
     if form == "jsonl":
-        damaged[3] = content[:-2]  # without its last line end, a line is what it was
-        damaged += [b"[]\n", b"1\n", b'{"row": 4}\n', content.replace(b'"row"', b'"raw"')]
+        damaged += [content[:-2], b"[]\n", b"1\n", b'{"row": 4}\n', content.replace(b'"row"', b'"raw"')]
+        if table == "notes":
+            changes_of_notes = (
+                (b'"n_windows":1', b'"n_windows":null'),
+                (b'"n_tokens":', b'"n_tokens":-'),
+                (b'"n_chars":', b'"n_chars":0.'),
+                (b'"annotated"', b'"rejected"'),
+            )
+            damaged += [content.replace(*change) for change in changes_of_notes]
+        else:
+            damaged.append(content.replace(b'"row":5', b'"row":6'))
+    assert content not in damaged
     for broken in damaged:
         file.write_bytes(broken)
         said = refusal(notes, out, **changes)
@@ -809,6 +819,18 @@ def test_records_that_are_damaged(notes: Path, finished: Path, broken: bytes) ->
     manifest, run_json = ((finished / name).read_bytes() for name in ("manifest.json", "run.json"))
     (finished / "manifest.json").write_bytes(broken)
     assert refusal(notes, finished, **READ) == f"{finished}/manifest.json: damaged or cut short; {AGAIN}"
+    for name, value in (("files", []), ("counts", None), ("seconds", "1"), ("model", [])):
+        changed = json.loads(manifest) | {name: value}
+        (finished / "manifest.json").write_bytes(json.dumps(changed).encode())
+        assert refusal(notes, finished, **READ) == f"{finished}/manifest.json: damaged or cut short; {AGAIN}"
+    for name, value in (("rejected", 0), ("spans", 10**6), ("rows_kept", None)):
+        changed = json.loads(manifest)
+        changed["counts"] = {key: n for key, n in (changed["counts"] | {name: value}).items() if n is not None}
+        (finished / "manifest.json").write_bytes(json.dumps(changed).encode())
+        assert refusal(notes, finished, **READ) == (
+            f"{finished}: its manifest.json counts other things than the parts hold; "
+            "restore it, or remove it and pass --resume"
+        )
     (finished / "manifest.json").write_bytes(manifest)
     (finished / "run.json").write_bytes(broken)
     assert refusal(notes, finished, **READ) == (

@@ -1,5 +1,6 @@
 """One run: parts by rows alone, whole output directories and files, the record of what was run, and no note text."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -550,17 +551,45 @@ def test_input_and_output_are_kept_apart(tmp_path: Path, notes: Path) -> None:
         with pytest.raises(UsageError) as caught:
             go(tmp_path, output)
         assert str(caught.value) == (
-            f"-o {output} lies in the input {tmp_path}; choose another -o, or name files or a glob"
+            f"-o {output} lies in the input {tmp_path}; choose another -o, or name files or another glob"
         )
     assert not out.exists()
     go(notes, out)
     parts = contents(out)
     with pytest.raises(UsageError) as caught:
         go(f"{tmp_path}/**/*", out, overwrite=True)
+    assert str(caught.value) == (
+        f"-o {out} lies in the input {tmp_path}/**/*; choose another -o, or name files or another glob"
+    )
     first = out / "notes" / "part-000000.parquet"
+    with pytest.raises(UsageError) as caught:
+        go(first, out, overwrite=True)
     assert str(caught.value) == f"{first} is an input and lies in the output {out}; choose another -o"
     assert contents(out) == parts
     assert notes.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output", "refused"),
+    [
+        ("d*", "data/out", True), ("*", "data/out", True), ("data/*", "data/out", True), ("data/*", "data/.out", False),
+        ("data/.o*", "data/.out", True), ("data/*.jsonl", "data/out", False), ("**/*", "out", True),
+        ("data/**/*.parquet", "data/out", True), ("data/**/*.jsonl", "data/out", False), ("data/**", "data/x/y", True),
+        ("data/*/*/*.parquet", "data/out", True), ("data/*/*.parquet", "data/out", False),
+        ("data/*.jsonl", "data/out.jsonl", True), ("data/*.jsonl", "out.jsonl", False), ("link/*", "data/out", True),
+        ("[dx]ata", "data/out", True),
+    ],
+)  # fmt: skip
+def test_a_glob_that_would_read_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, output: str, refused: bool
+) -> None:
+    """A run whose parts its input would match, so that it could not be resumed, is refused before it is there."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    form = "jsonl" if output.endswith(".jsonl") else "parquet"
+    with pytest.raises(UsageError, match="lies in the input") if refused else contextlib.nullcontext():
+        running._check_apart([pattern], [], output, form)
 
 
 @pytest.mark.parametrize("error", [OutputError("no"), ValueError("no")])

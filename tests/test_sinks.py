@@ -115,6 +115,46 @@ def test_nest_keeps_every_note(batch: pa.RecordBatch, text: bool) -> None:
     table.validate(full=True)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_row_groups_depend_on_the_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nested: bool) -> None:
+    """A group of spans ends when its copies of kept values come to a size, wherever batches are cut."""
+    monkeypatch.setattr(sinks, "GROUP_BYTES", 1_000)
+    keep = (pa.field("kept", pa.large_string()),)
+    rows = [("a" * 20, [(i, i + 1) for i in range(n)]) for n in (3, 0, 20, 1, 7, 2)] + [(None, [])]
+    base = annotated(rows)
+    kept = pa.array(["x" * n for n in (10, 5_000, 120, 3_000, 0, 40, 7)], pa.large_string())
+    batch = base.set_column(base.schema.get_field_index("kept"), keep[0], kept)
+    written = []
+    for number, cuts in enumerate(([7], [1, 1, 1, 1, 1, 1, 1], [2, 5])):
+        sink = DirectorySink(tmp_path / str(number), "parquet", TableOptions(nested=nested, keep=keep))
+        sink.start(RUN)
+        starts = [sum(cuts[:i]) for i in range(len(cuts))]
+        sink.write(0, [batch.slice(start, length) for start, length in zip(starts, cuts, strict=True)])
+        sink.finish({})
+        sink.close()
+        written.append((tmp_path / str(number) / "spans" / "part-000000.parquet").read_bytes())
+    assert written[0] == written[1] == written[2]
+    file = pq.ParquetFile(io.BytesIO(written[0]))
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    # A value with source and id is 21 bytes longer: 3 spans of 31 bytes, 20 of 141, one of 3,021, 7 of 21, 2 of 61.
+    assert groups == ([2, 2, 3] if nested else [10, 8, 6, 9])
+    assert file.read().to_pylist() == sinks.spans_table(batch, TableOptions(nested=nested, keep=keep)).to_pylist()
+
+
+def test_sizes_of_values() -> None:
+    """What each value takes of the memory, whatever its type."""
+    for array, sizes in (
+        (pa.array([1, None], pa.int16()), [2, 2]),
+        (pa.array([True, None]), [1, 1]),
+        (pa.array(["ab", None, ""]), [2, 0, 0]),
+        (pa.array(["ab", "c"], pa.large_string())[1:], [1]),
+        (pa.array(["a" * 99] * 2).dictionary_encode(), [4, 4]),
+    ):
+        assert sinks._sizes(array).tolist() == sizes
+    lists = sinks._sizes(pa.array([["a" * 1_000], []]))
+    assert lists[0] > 1_000 > lists[1]
+
+
 @settings(deadline=None, max_examples=80)
 @given(batches())
 def test_notes_table_says_what_became_of_each_row(batch: pa.RecordBatch) -> None:

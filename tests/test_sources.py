@@ -188,6 +188,33 @@ def test_loops_of_links_end(tmp_path: Path) -> None:
     assert [file.source for file in discover([str(tmp_path / "real")]).files] == ["a.jsonl", "far/b.jsonl"]
 
 
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    """A link to itself or to nothing is an error that names it; one to a pipe, like a pipe, is passed over."""
+    write(tmp_path / "d/a.jsonl", "")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "d/p.jsonl").symlink_to(tmp_path / "pipe")
+    assert [(f.files[0].source, len(f.files), f.skipped) for f in [discover([str(tmp_path / "d")])]] == [
+        ("a.jsonl", 1, 1)
+    ]
+    for target, said in (("x.jsonl", "Too many levels of symbolic links"), ("none", "No such file or directory")):
+        (tmp_path / "d/x.jsonl").symlink_to(target)
+        assert refused(InputError, lambda: read(tmp_path / "d")) == f"cannot read {tmp_path}/d/x.jsonl: {said}"
+        (tmp_path / "d/x.jsonl").unlink()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_stream_has_behind_the_limit(late: bool) -> None:
+    """How much of it came along is chance: neither its bytes nor a hash are on record."""
+
+    class Stream(io.BytesIO):
+        def read1(self, size: int | None = -1, /) -> bytes:
+            return super().read1(24 if late else size)
+
+    given = sources.Reader(discover(["-"]).files, ReadOptions(limit=2), Stream(b'{"text": "Fever."}\n' * 9))
+    assert sum(batch.num_rows for batch in given.batches()) == 2
+    assert given.inputs() == [{"source": "-", "bytes": None, "sha256": None, "rows": 2}]
+
+
 def test_file_name_that_is_no_utf8(tmp_path: Path) -> None:
     """Such a name becomes a source that can be written, with the bytes as escapes."""
     try:

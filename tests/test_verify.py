@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medner import cli, testing
+from medner import cli, sinks, testing
 from medner import verify as verifying
 from medner.annotate import Options
 from medner.errors import CheckFailed, InputError
@@ -556,9 +556,10 @@ def test_more_rows_than_a_part_takes(tmp_path: Path, go: Go, notes: Path) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 def test_parts_missing_unknown_or_swapped(tmp_path: Path, go: Go, notes: Path, form: str) -> None:
-    """Each part is there once, in its place, and nothing else is; a draft that a killed writer left is nothing."""
+    """Each part is there once, in its place, and no other file is; hidden ones do not count."""
     out = go(notes, tmp_path / "out", form=form)
     (out / "spans" / f".part-000001.{form}.abcd1234.tmp").write_text("half")
+    (out / "notes" / ".DS_Store").write_text("of a file browser")
     verify(out)
     for folder in ("spans", "notes"):
         for number in range(3):
@@ -800,6 +801,11 @@ def put(name: str, value: Any) -> Callable[[Row], None]:
         ("files", {}, "files lists 0 files, not 6"),
         ("inputs.0.sha256", 1, "an entry of inputs is incomplete or of wrong types"),
         ("inputs.0", {"text_files": 8}, "an entry of inputs is incomplete or of wrong types"),
+        ("options.read.limit", 7, "counts.rows is above options.read.limit"),
+        ("counts.rows_kept", 9, "counts.rows_kept is above counts.rows"),
+        ("counts.parts_kept", 4, "counts.parts_kept is above counts.parts"),
+        ("options.reuse", False, "counts.windows_reused is not 0 without options.reuse"),
+        ("model.files", {}, "model.files is empty"),
     ],
 )  # fmt: skip
 def test_a_changed_manifest(tmp_path: Path, go: Go, notes: Path, name: str, value: Any, what: str) -> None:
@@ -837,8 +843,56 @@ def test_a_manifest_that_is_none(tmp_path: Path, go: Go, notes: Path) -> None:
 def test_a_manifest_of_another_run(tmp_path: Path, go: Go, notes: Path, name: str) -> None:
     """``run.json``, written first, and the manifest, written last, describe one run."""
     out = go(notes, tmp_path / "out")
-    change_json(out / "run.json", put(name, 9 if name.startswith("options") else "other"))
+    change_json(out / "run.json", put(name, 9 if name.startswith("options") or name == "model.window" else "other"))
     assert wrong(out) == f"{out}/run.json: {name} is not that of manifest.json; {AGAIN}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("source", "other.jsonl"), ("bytes", 1), ("source", None)], ids=["source", "bytes", "none"]
+)
+def test_a_manifest_of_other_inputs(tmp_path: Path, go: Go, notes: Path, name: str, value: Any) -> None:
+    """What was to be read, in ``run.json``, and what was read are the same files."""
+    out = go(notes, tmp_path / "out")
+    change_json(out / "run.json", put(f"inputs.0.{name}", value))
+    assert wrong(out) == f"{out}/run.json: inputs are not those of manifest.json; {AGAIN}"
+    change_json(out / "run.json", put("inputs", []))
+    assert wrong(out) == f"{out}/run.json: inputs are not those of manifest.json; {AGAIN}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_notes_that_the_options_contradict(tmp_path: Path, go: Go, notes: Path, form: str) -> None:
+    """No note has more tokens than its windows hold, or more characters than bytes were allowed."""
+    out = go(notes, tmp_path / "out", form=form)
+    first = out / "notes" / f"part-000000.{form}"
+    tokens = read(first)[0]["n_tokens"]
+    change(first, with_values(0, n_tokens=tokens + 32))
+    repair(out)
+    assert wrong(out) == f"{first}, row 0: n_tokens is more than n_windows windows hold; {AGAIN}"
+    change(first, with_values(0, n_tokens=tokens))
+    repair(out)
+    for name in ("run.json", "manifest.json"):
+        change_json(out / name, put("options.read.max_note_bytes", 25))
+    assert wrong(out) == f"{first}, row 0: n_chars is more than max_note_bytes allows; {AGAIN}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_long_kept_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, nested: bool) -> None:
+    """Copies of kept values are compared a few at a time; a wrong one is found wherever it stands."""
+    text = "fever, no. asthma. " * 40
+    notes = write_notes(tmp_path / "n.jsonl", [{"text": text, "k": f"{i}" * 999} for i in range(7)])
+    monkeypatch.setattr(sinks, "GROUP_BYTES", 10_000)
+    monkeypatch.setattr(verifying, "_KEPT_ROWS", 3)
+    out = annotate(notes, tmp_path / "out", form=form, nested=nested, read=ReadOptions(keep=("k",)))
+    verify(out, (str(notes),))
+    last = out / "spans" / f"part-000002.{form}"
+    change(last, with_values(-1, k="6" * 998))
+    repair(out)
+    row = len(read(last)) - 1
+    assert wrong(out) == (
+        f"{last}, row {row}: k is not that of the note whose turn it is in {out}/notes/{last.name}; {AGAIN}"
+    )
+    assert (row > 50) == (not nested)
 
 
 @pytest.mark.parametrize("output", ["out.parquet", "out.jsonl.gz"])
