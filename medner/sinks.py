@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -425,16 +425,17 @@ class PartWriter:
 
         Returns the SHA-256 of both by their names in the directory. Raises :class:`OutputError`.
         """
-        with _translated(self.path):
-            # A finished run that is short of a part is finished no longer.
-            (self.path / MANIFEST).unlink(missing_ok=True)
         digests = {}
         for folder, (wanted, tables) in zip(FOLDERS, _tables(batches, self.options), strict=True):
-            path = self.file(folder, part)
+            path, groups = self.file(folder, part), iter(tables)
+            first = next(groups)  # which takes most of a part's time, before any file is begun
+            with _translated(self.path):
+                # A finished run that is short of a part is finished no longer.
+                (self.path / MANIFEST).unlink(missing_ok=True)
             with atomic(path, self.claim.check) as file:
                 draft = _TableFile(file, wanted, self.form, None)
                 try:
-                    for table in tables:
+                    for table in chain([first], groups):
                         draft.write(table)
                     draft.close()
                 except BaseException:
