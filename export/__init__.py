@@ -46,6 +46,12 @@ class ExportOptions:
     licence: str | None = None
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        """Take paths of any kind."""
+        for name in ("checkpoint", "output"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+        object.__setattr__(self, "parity_data", str(self.parity_data))
+
 
 def export(options: ExportOptions) -> str:
     """Export a checkpoint, hold every variant against PyTorch, write the bundle, and return the gate's summary.

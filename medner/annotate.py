@@ -77,7 +77,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name in ("window", "threads", "batch_tokens"):
+        for name in ("threads", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be 1 or more")
@@ -185,7 +185,7 @@ class Annotator:
         """Pickle as the recipe."""
         if self.session is None:
             raise TypeError("an annotator of a model that is no bundle cannot be pickled")
-        return Annotator.load, (str(self.bundle.path), self.options)
+        return Annotator.load, (bundles.reference(self.bundle.path), self.options)
 
     def output_schema(self, input_schema: pa.Schema) -> pa.Schema:
         """Schema of the annotated batches, known before the first one."""
@@ -218,6 +218,9 @@ class Annotator:
         the sizes of notes and batches. Null text gives a null list of spans, empty text an empty one. Windows that
         an earlier stream of this annotator has seen are reused, too, but not on CUDA: there a window's score may move
         by a rounding with its batch, and so a stream's batches have to depend on that stream alone.
+
+        Raises :class:`InputError` for what is no batch, or has no column of notes. What was read before, and has not
+        come out yet, is lost with an error, of ``batches`` too.
         """
         # Out of reach until all is done: after a failure it holds windows without their results.
         cache, self._reuse = self._reuse, _Reuse(REUSE_BYTES) if self.options.reuse else None
@@ -252,6 +255,9 @@ class Annotator:
         job: list[_Piece] = []
         size = 0
         for batch in batches:
+            if not isinstance(batch, pa.RecordBatch):
+                name = type(batch).__name__
+                raise InputError(f"a pyarrow.RecordBatch is needed, not {name}; a table's to_batches() gives them")
             rows = _Rows(batch, self.output_schema(batch.schema), self._tags.types)
             waiting.append(rows)
             for row, text in enumerate(_texts(batch, self.options.text_column)):
@@ -265,6 +271,8 @@ class Annotator:
                         yield job
                         job, size, limit = [], 0, min(2 * limit, self._job_chars)
             rows.is_read = True
+            if batch.num_rows == 0:  # or else such batches would all be read before the first comes out
+                size += _ROW_CHARS
             if size >= limit:
                 yield job
                 job, size, limit = [], 0, min(2 * limit, self._job_chars)
@@ -652,7 +660,8 @@ _COUNTS = [name for name in schema.ANNOTATION.names if name.startswith("n_")]
 def _texts(batch: pa.RecordBatch, name: str) -> Iterator[str | None]:
     """The notes of a batch one after another, whatever string type holds them."""
     column = batch.column(name)
-    if pa.types.is_dictionary(column.type):
+    if pa.types.is_dictionary(column.type):  # pyarrow does not decode those of views
+        column = pa.DictionaryArray.from_arrays(column.indices, column.dictionary.cast(pa.large_string()))
         column = column.dictionary_decode()
     for value in column:
         try:

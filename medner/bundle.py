@@ -41,6 +41,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MAX_JSON, _MAX_FILE, _MAX_GRAPH = 16 * 2**20, 64 * 2**20, 2**31
 #: Tokens of the longest window that anyone can ask for, whatever a model says; attention grows with its square.
 _MAX_WINDOW = 2**16
+#: And of the shortest.
+LEAST_WINDOW = 8
 #: Labels, and characters of one.
 _MAX_LABELS, _MAX_NAME = 10_000, 200
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -134,8 +136,10 @@ def resized(bundle: Bundle, window: int, *, packed: bool | None = None) -> Bundl
 
 
 def _check_window(window: int, limit: int, name: str) -> int:
-    if not 8 <= window <= limit:
-        raise ModelError(f"{name}: a window of {window} tokens lies outside 8 to {limit}, the model's limit")
+    if not LEAST_WINDOW <= window <= limit:
+        raise ModelError(
+            f"{name}: a window of {window} tokens lies outside {LEAST_WINDOW} to {limit}, the model's limit"
+        )
     return window
 
 
@@ -178,6 +182,11 @@ def _locate(model: str) -> tuple[Path, str]:
     if _HUB_NAME.fullmatch(model):
         return _from_hub(model), model
     raise ModelError(f"{model}: no such model directory; shipped with medner: {', '.join(_shipped_names()) or 'none'}")
+
+
+def reference(path: Path) -> str:
+    """What :func:`load` takes in any directory: the name of a model that ships with medner, else the absolute path."""
+    return path.name if path.parent == _SHIPPED else str(path.absolute())
 
 
 def _shipped_names() -> list[str]:

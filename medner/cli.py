@@ -51,7 +51,7 @@ _labels = click.option(
     multiple=True,
     callback=_renamings,
     metavar="OLD=NEW",
-    help="Rename a label of the data; * is any other.",
+    help="Rename a label of the data; * is any other, and O drops it.",
 )
 
 
@@ -178,7 +178,13 @@ def annotate(**given: Any) -> None:
 @click.option("--epochs", type=click.IntRange(min=1), default=8, show_default=True, help="Passes over the data.")
 @click.option("--lr", type=float, default=1e-4, show_default=True, help="Peak learning rate; it decays linearly.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Windows of one step.")
-@click.option("--seed", type=int, default=13, show_default=True, help="Of the shuffling and the new weights.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=13,
+    show_default=True,
+    help="Of the shuffling and the new weights.",
+)
 @click.option("--window", type=click.IntRange(min=8), default=128, show_default=True, help="Tokens of a window.")
 @click.option("--weight-decay", type=float, default=0.01, show_default=True, help="Of AdamW.")
 @click.option("--warmup-ratio", type=float, default=0.1, show_default=True, help="Share of the steps.")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from medner import bundle as bundles
 from medner import comparison, engines, parity, runtime
 from medner.engines import Engine, Setting
-from medner.errors import CheckFailed, DeviceError, MissingPackage, ModelError
+from medner.errors import CheckFailed, DeviceError, MissingPackage, ModelError, UsageError
 from medner.parity import LogitParity, ParityData, VariantParity
 from medner.pytorch import TorchModel, device_name, weight_bytes
 
@@ -71,6 +71,16 @@ class CompareOptions:
     threads: int | None = None
     text_column: str = "text"
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Take paths of any kind; raise :class:`UsageError` where a value lies outside its range."""
+        for name in ("checkpoint", "output"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in ("bundle", "notes"):
+            object.__setattr__(self, name, str(getattr(self, name)))
+        for name in ("limit", "rounds"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)}: at least 1 is needed")
 
 
 def compare(options: CompareOptions) -> dict[str, Any]:

@@ -53,19 +53,21 @@ class Document:
     tokens: tuple[tuple[int, int], ...] | None = None
 
 
-def load(data: str, split: str, labels: Mapping[str, str] | None = None) -> list[Document]:
+def load(data: str | Path, split: str, labels: Mapping[str, str] | None = None) -> list[Document]:
     """Load one split (``train``, ``devel`` or ``test``) of a data set.
 
     ``data`` is a directory with a file per split, a file (used for whichever split is asked for), or the name of a
     data set on the Hugging Face hub or a directory of Parquet files, with the columns ``tokens`` and ``ner_tags``.
-    ``labels`` renames labels; the key ``*`` stands for all that are not named, and labels without an entry stay.
+    ``labels`` renames labels; the key ``*`` stands for all that are not named, and labels without an entry stay. What
+    is renamed to ``O`` is left out.
 
     Raises :class:`InputError` where the data set is missing or malformed, and :class:`MissingPackage` where a hub
     name is given and ``datasets`` is not installed.
     """
     if split not in SPLITS:
         raise InputError(f"no split {split!r}; name one of {', '.join(SPLITS)}")
-    path = Path(data).expanduser()
+    data = os.fspath(data)
+    path = Path(os.path.expanduser(data))  # noqa: PTH111 - Path.expanduser raises where there is no such user
     # Not Path.is_dir, which raises below what may not be searched.
     is_directory = os.path.isdir(path)  # noqa: PTH112
     if os.path.isfile(path):  # noqa: PTH113
@@ -150,7 +152,10 @@ def _parse_tag(tag: str) -> tuple[str, str]:
 
 
 def _rename(documents: Iterable[Document], rename: Callable[[str], str]) -> list[Document]:
-    return [replace(d, spans=tuple(sorted((a, b, rename(label)) for a, b, label in d.spans))) for d in documents]
+    def renamed(spans: Iterable[Span]) -> tuple[Span, ...]:
+        return tuple(sorted((a, b, new) for a, b, label in spans if (new := rename(label)) != "O"))
+
+    return [replace(document, spans=renamed(document.spans)) for document in documents]
 
 
 def _without_overlaps(documents: list[Document], data: str) -> list[Document]:
@@ -285,7 +290,7 @@ def _read_jsonl(path: Path, lines: Sequence[str]) -> Iterator[Document]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{path}:{number}: not JSON") from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise InputError(f'{path}:{number}: expected an object with a "text"')

@@ -64,13 +64,14 @@ class TorchModel:
 def torch_annotator(checkpoint: str | Path, options: Options | None = None) -> Annotator:
     """An annotator that runs a PyTorch checkpoint in fp32 on windows cut exactly as for a bundle.
 
-    Raises :class:`ModelError` for another precision.
+    Raises :class:`ModelError` for another precision, and :class:`DeviceError` where PyTorch has no such device.
     """
     options = options or Options()
     if options.precision not in ("auto", "fp32"):
         raise ModelError(f"{checkpoint}: a checkpoint is run in fp32 and has no {options.precision}; export it first")
     bundle = bundles.load_checkpoint(checkpoint, options.window)
-    return Annotator(bundle, TorchModel(checkpoint), options, precision="fp32")
+    device = "cpu" if options.device == "auto" else options.device
+    return Annotator(bundle, TorchModel(checkpoint, device=device), options, precision="fp32")
 
 
 def weight_bytes(checkpoint: Path) -> int:

@@ -79,6 +79,8 @@ def annotated_schema(schema: pa.Schema, text_column: str = "text") -> pa.Schema:
     """
     if text_column not in schema.names:
         raise InputError(f"no column {text_column!r} in the batch; it has {', '.join(schema.names) or 'none'}")
+    if schema.names.count(text_column) > 1:
+        raise InputError(f"the batch has more than one column {text_column!r}; rename all but one")
     kind = schema.field(text_column).type
     if not is_text(kind):
         raise InputError(f"column {text_column!r} holds {kind}, not text; cast it to a string first")

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from medner import schema
-from medner.errors import OutputError
+from medner.errors import InputError, OutputError
 from medner.lock import NAME as LOCK
 from medner.lock import Claim, Lock
 
@@ -51,11 +51,16 @@ FILE_SUFFIXES = {
 
 @dataclass(frozen=True, slots=True)
 class TableOptions:
-    """What the tables hold. text: the mention's text beside its offsets; nested: a row per note; keep: kept columns."""
+    """What the tables hold.
+
+    text: the mention's text beside its offsets; nested: a row per note; keep: kept columns; text_column: the one that
+    was annotated.
+    """
 
     text: bool = True
     nested: bool = False
     keep: tuple[pa.Field, ...] = ()
+    text_column: str = "text"
 
     def spans_schema(self) -> pa.Schema:
         """Schema of the ``spans`` table."""
@@ -82,30 +87,43 @@ def spans_table(batch: pa.RecordBatch, options: TableOptions, low: int = 0, high
 def explode(
     batch: pa.RecordBatch, options: TableOptions = TableOptions(), low: int = 0, high: int | None = None
 ) -> pa.Table:
-    """A row per span, in input order. low, high: take only the spans between."""
+    """A row per span, in input order. low, high: take only the spans between.
+
+    batch: as :meth:`Annotator.stream` gives it, with the columns of :data:`schema.KEY` and those kept. Raises
+    :class:`InputError` where it lacks one.
+    """
+    _check_columns(batch, options)
     lists = batch.column("spans")
     found, parents = pc.list_flatten(lists)[low:high], pc.list_parent_indices(lists)[low:high]
     columns = {name: batch.column(name).take(parents) for name in (*schema.KEY.names, *_names(options.keep))}
     columns |= {name: pc.struct_field(found, name) for name in schema.SPAN.names}
     if options.text:
-        columns["text"] = _mentions(batch, found, parents)
+        columns["text"] = _mentions(batch.column(options.text_column), found, parents)
     return _as_table(columns, schema.spans_schema(text=options.text, keep=options.keep))
 
 
 def nest(batch: pa.RecordBatch, options: TableOptions) -> pa.Table:
-    """A row per note with its spans as a list; null for a rejected note."""
+    """A row per note with its spans as a list; null for a rejected note. batch, errors: as for :func:`explode`."""
+    _check_columns(batch, options)
     lists = batch.column("spans")
     found = pc.list_flatten(lists)
     wanted = schema.nested_schema(text=options.text, keep=options.keep)
     kind = wanted.field("spans").type
     fields = {name: pc.struct_field(found, name) for name in schema.SPAN.names}
     if options.text:
-        fields["text"] = _mentions(batch, found, pc.list_parent_indices(lists))
+        fields["text"] = _mentions(batch.column(options.text_column), found, pc.list_parent_indices(lists))
     structs = pa.StructArray.from_arrays([fields[f.name] for f in kind.value_type], fields=list(kind.value_type))
     bounds = np.concatenate([[0], np.cumsum(batch.column("n_spans").to_numpy())])
     nested = pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), structs, type=kind, mask=lists.is_null())
     columns = {name: batch.column(name) for name in (*schema.KEY.names, *_names(options.keep))}
     return _as_table(columns | {"spans": nested}, wanted)
+
+
+def _check_columns(batch: pa.RecordBatch, options: TableOptions) -> None:
+    texts = [options.text_column] if options.text else []
+    needed = [*schema.KEY.names, *_names(options.keep), *texts, "spans", "n_spans"]
+    if missing := [name for name in needed if name not in batch.schema.names]:
+        raise InputError(f"the batch has no column {missing[0]!r}; needed are {', '.join(needed)}")
 
 
 def notes_table(batch: pa.RecordBatch, options: TableOptions) -> pa.Table:
@@ -124,15 +142,15 @@ def _names(fields: Iterable[pa.Field]) -> list[str]:
     return [field.name for field in fields]
 
 
-def _mentions(batch: pa.RecordBatch, spans: pa.StructArray, parents: pa.Array) -> pa.Array:
-    """Text of each span. parents: the row of the batch that each lies in, in order."""
+def _mentions(notes: pa.Array, spans: pa.StructArray, parents: pa.Array) -> pa.Array:
+    """Text of each span. parents: the note that each lies in, in order."""
     mentions: list[str] = []
     last, text = -1, ""
     for row, start, end in zip(
         parents.to_pylist(), *(spans.field(n).to_pylist() for n in ("start", "end")), strict=True
     ):
         if row != last:
-            last, text = row, batch.column("text")[row].as_py()
+            last, text = row, notes[row].as_py()
         mentions.append(text[start:end])
     return pa.array(mentions, pa.string())
 

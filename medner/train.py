@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import re
 import sys
@@ -100,14 +101,18 @@ class TrainOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        """Raise :class:`UsageError` where a value lies outside its range."""
+        """Take paths of any kind; raise :class:`UsageError` where a value lies outside its range."""
+        object.__setattr__(self, "base", str(self.base))
+        object.__setattr__(self, "output", Path(self.output))
         for name in ("epochs", "batch_size", "max_documents", "average"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value}: at least 1 is needed")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise UsageError(f"lr {self.lr}: a positive number is needed")
-        if not 0 <= self.warmup_ratio < 1 or self.weight_decay < 0:
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed {self.seed}: at least 0, below 2**32, is needed")
+        if not (0 <= self.warmup_ratio < 1 and 0 <= self.weight_decay < math.inf):
             raise UsageError("warmup_ratio lies in [0, 1), weight_decay is not negative")
         if not (0 < self.layer_decay <= 1 and 0 <= self.label_smoothing < 1 and 0 <= self.teacher_weight <= 1):
             raise UsageError("layer_decay lies in (0, 1], label_smoothing in [0, 1), teacher_weight in [0, 1]")
@@ -175,9 +180,9 @@ def train(options: TrainOptions) -> TrainResult:
     data, shares, tags, tokenizer, encoder = _prepare(options)
     transformers.set_seed(options.seed)
     model = _load_model(options.base, tags)
-    _check_window(options.window, model.config, tokenizer, encoder)
+    _check_window(options.window, model.config, tokenizer)
     for teacher in options.teachers:
-        _check_teacher(teacher, options, tags, tokenizer, encoder)
+        _check_teacher(teacher, options, tags, tokenizer)
     encoded = {split: encode(documents, encoder, tags, options.window) for split, documents in data.items()}
     if not encoded["devel"].inputs:
         raise InputError(f"{', '.join(options.data)}: the devel split holds no word")
@@ -487,9 +492,9 @@ def _load_model(base: str, tags: Sequence[str]) -> Any:
         )
 
 
-def _check_window(window: int, config: Any, tokenizer: Any, encoder: windows.WordTokenizer) -> None:
+def _check_window(window: int, config: Any, tokenizer: Any) -> None:
     limit = min(bundle.positions(config.to_dict()) or sys.maxsize, tokenizer.model_max_length)
-    least = len(encoder.prefix) + len(encoder.suffix) + 1
+    least = bundle.LEAST_WINDOW
     if not least <= window <= limit:
         raise UsageError(f"window {window}: this model takes {least} to {limit} tokens")
 
@@ -749,16 +754,14 @@ def _teach(
         done += int(labelled.sum())
 
 
-def _check_teacher(
-    teacher: str, options: TrainOptions, tags: Sequence[str], tokenizer: Any, encoder: windows.WordTokenizer
-) -> None:
+def _check_teacher(teacher: str, options: TrainOptions, tags: Sequence[str], tokenizer: Any) -> None:
     """Raise :class:`ModelError` for other tokens or tags than the data's, :class:`UsageError` for the window."""
     own, config = _load_tokenizer(teacher), _load_config(teacher)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ModelError(f"{teacher}: has another tokenizer than {options.base}; a teacher needs the same")
     if sorted(_tags_of(config)) != sorted(tags):
         raise ModelError(f"{teacher}: knows the tags {', '.join(_tags_of(config))}, and the data {', '.join(tags)}")
-    _check_window(options.window, config, own, encoder)
+    _check_window(options.window, config, own)
 
 
 def _load_config(checkpoint: str) -> Any:

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import pickle
 import random
+import shutil
 import sys
 import threading
 import tracemalloc
@@ -27,7 +28,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from medner import Annotator, Options, Span, annotate, load, schema, testing, windows
 from medner import bundle as bundles
-from medner.errors import InputError, ModelError
+from medner.errors import InputError, ModelError, UsageError
 
 #: The tiny bundle's mention words in the order that decides their logits.
 WORDS = ("asthma", "breast", "cancer", "diabetes", "fever", "heart", "failure", "mellitus", "type", "2")
@@ -144,6 +145,7 @@ def test_output_schema_is_known_before(tiny: Annotator) -> None:
         pa.string_view(),
         pa.dictionary(pa.int8(), pa.string()),
         pa.dictionary(pa.int32(), pa.large_string()),
+        pa.dictionary(pa.int32(), pa.string_view()),
     ],
     ids=str,
 )
@@ -151,7 +153,12 @@ def test_text_types_and_slices(tiny: Annotator, kind: pa.DataType) -> None:
     """Every string type gives the same spans, also in the middle of a larger batch; the column stays as it was."""
     notes = ["asthma", "no fever", None, "", "Zoë has breast cancer 🙂 fever", "asthma", "x"]
     plain = pa.array(notes, pa.string())
-    column = plain.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else plain.cast(kind)
+    if pa.types.is_dictionary(kind):
+        encoded = plain.dictionary_encode()
+        indices, values = encoded.indices.cast(kind.index_type), encoded.dictionary.cast(kind.value_type)
+        column = pa.DictionaryArray.from_arrays(indices, values)
+    else:
+        column = plain.cast(kind)
     batch = pa.record_batch({"n": pa.array(range(7)), "text": column})
     expected = rows(tiny, [as_batch(notes)])
     assert [row if row is None else len(row) for row in expected] == [1, 1, None, 0, 2, 1, 0]
@@ -252,8 +259,52 @@ def test_min_score_leaves_spans_out() -> None:
     assert strict(as_batch([note])).column("n_spans").to_pylist() == [2]
 
 
+def test_what_is_no_batch(tiny: Annotator) -> None:
+    """A table, or anything else, is refused by its name before any work; so are two columns of notes."""
+    for other, name in ((pa.table({"text": ["fever"]}), "Table"), (["fever"], "list"), (None, "NoneType")):
+        with pytest.raises(InputError) as caught:
+            tiny(other)  # type: ignore[call-overload]
+        assert str(caught.value) == f"a pyarrow.RecordBatch is needed, not {name}; a table's to_batches() gives them"
+    with pytest.raises(InputError, match="RecordBatch is needed, not ChunkedArray"):
+        list(tiny.stream(pa.table({"text": ["fever"]})))  # type: ignore[arg-type]
+    twice = pa.record_batch([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    with pytest.raises(InputError, match="the batch has more than one column 'text'; rename all but one"):
+        tiny(twice)
+
+
+def test_options_out_of_range() -> None:
+    """Numbers that cannot be are refused before a model is loaded."""
+    for changes, said in (
+        ({"min_score": float("nan")}, "min_score is nan; it must lie between 0 and 1"),
+        ({"min_score": 1.5}, "min_score is 1.5; it must lie between 0 and 1"),
+        ({"threads": 0}, "threads is 0; it must be 1 or more"),
+        ({"batch_tokens": -1}, "batch_tokens is -1; it must be 1 or more"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            Options(**changes)  # type: ignore[arg-type]
+        assert str(caught.value) == said
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Streams, threads and processes
+
+
+def test_batches_without_a_row_are_not_hoarded(tiny: Annotator) -> None:
+    """They come out again as they come in, however many there are."""
+    read = 0
+
+    def endless() -> Iterator[pa.RecordBatch]:
+        nonlocal read
+        while True:
+            read += 1
+            yield as_batch([])
+
+    stream = tiny.stream(endless())
+    assert [next(stream).num_rows for _ in range(10)] == [0] * 10
+    assert read < 20_000
+    stream.close()  # type: ignore[attr-defined]
+    mixed = [as_batch([]), as_batch(["fever"]), as_batch([]), as_batch([])]
+    assert [len(batch) for batch in tiny.stream(mixed)] == [0, 1, 0, 0]
 
 
 def test_pickles_as_its_recipe(tiny: Annotator) -> None:
@@ -263,6 +314,16 @@ def test_pickles_as_its_recipe(tiny: Annotator) -> None:
     assert (copy.bundle, copy.options, copy.precision) == (annotator.bundle, annotator.options, "fp32")
     assert copy("No fever.") == annotator("No fever.") == tiny("No fever.")
     assert len(pickle.dumps(annotator)) < 1000
+    assert annotator.__reduce__()[1] == ("tiny", annotator.options)
+
+
+def test_a_copy_finds_its_model_in_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker in another directory takes the model that was named, not one of that name elsewhere."""
+    shutil.copytree(testing.bundle(), tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    recipe = pickle.dumps(Annotator.load("models/mine", Options(threads=1)))
+    monkeypatch.chdir(tmp_path / "models")
+    assert pickle.loads(recipe).bundle.path == tmp_path / "models" / "mine"
 
 
 def test_works_in_a_spawned_process(tiny: Annotator) -> None:

@@ -545,6 +545,8 @@ def test_train_and_export_refuse_what_cannot_be(call: Medner, tmp_path: Path) ->
         (("train", "--data", "x", "--base", "y"), "Missing option '-o' / '--output'."),
         (("train", "--data", "x", "--base", "y", "-o", "z", "--label", "=A"),
          "--label =A: use OLD=NEW, or *=NEW for all others"),
+        (("train", "--data", "x", "--base", "y", "-o", "z", "--seed", "-1"),
+         "Invalid value for '--seed': -1 is not in the range 0<=x<=4294967295."),
         (("evaluate", "--data", "x", "--label", "A"), "--label A: use OLD=NEW, or *=NEW for all others"),
         (("export", "x", "-o", "y", "--parity-data", "z", "--window", "wide"),
          "--window wide: use auto or a number of tokens"),

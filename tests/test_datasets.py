@@ -139,6 +139,8 @@ def test_labels_are_renamed(tmp_path: Path) -> None:
     assert labels_of(load(path, "test", {"Sign": "Problem"})) == ["Disease", "Problem"]
     assert labels_of(load(path, "test", {"Sign": "Problem", "*": "Other"})) == ["Other", "Problem"]
     assert labels_of(relabel(load(path, "test"), "X")) == ["X"]
+    assert labels_of(load(Path(path), "test", {"Sign": "O"})) == ["Disease"]
+    assert labels_of(load(path, "test", {"*": "O"})) == []
 
 
 def test_jsonl(tmp_path: Path) -> None:

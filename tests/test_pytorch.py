@@ -127,6 +127,15 @@ def test_a_name_is_not_looked_up_on_the_hub() -> None:
     assert str(failure.value) == "nobody/nothing: no such checkpoint directory"
 
 
+@pytest.mark.parametrize("device", ["cuda:7", "nonsense"])
+def test_the_device_asked_for_is_the_one_that_runs(checkpoint: Path, device: str) -> None:
+    """A checkpoint runs on the CPU only where that was asked for, or nothing was."""
+    if device.startswith("cuda") and torch.cuda.device_count() > 7:
+        pytest.skip("there is such a device")
+    with pytest.raises(DeviceError, match=f"--device {device}: PyTorch cannot run there"):
+        torch_annotator(checkpoint, Options(device=device))
+
+
 def test_reduced_precisions(checkpoint: Path) -> None:
     """In bf16 and fp16 the logits are float32 arrays near those of fp32, and are not the same."""
     ids, lengths = np.random.default_rng(0).integers(0, 100, size=(4, 16)), np.array([16, 16, 9, 3])

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 
 from medner import schema, sinks, testing
-from medner.errors import OutputError, UsageError
+from medner.errors import InputError, OutputError, UsageError
 from medner.sinks import DirectorySink, FileSink, StreamSink, TableOptions
 
 RUN = {"what": "is run"}
@@ -139,6 +139,20 @@ def test_row_groups_depend_on_the_rows_alone(tmp_path: Path, monkeypatch: pytest
     # A value with source and id is 21 bytes longer: 3 spans of 31 bytes, 20 of 141, one of 3,021, 7 of 21, 2 of 61.
     assert groups == ([2, 2, 3] if nested else [10, 8, 6, 9])
     assert file.read().to_pylist() == sinks.spans_table(batch, TableOptions(nested=nested, keep=keep)).to_pylist()
+
+
+def test_columns_that_are_not_there() -> None:
+    """Named; and the text of a span is that of the column that was annotated."""
+    batch = annotated([("a fever", [(2, 7)])])
+    other = batch.rename_columns(["report" if name == "text" else name for name in batch.schema.names])
+    for table in (sinks.explode, sinks.nest):
+        with pytest.raises(InputError, match="the batch has no column 'text'; needed are source, row, note_id, text, "):
+            table(other, TableOptions())
+        with pytest.raises(InputError, match="the batch has no column 'source'"):
+            table(batch.select(["text", "spans", "n_spans"]), TableOptions())
+    both = other.append_column("text", pa.array(["something"]))
+    assert sinks.explode(both, TableOptions(text_column="report"))["text"].to_pylist() == ["fever"]
+    assert sinks.explode(other, TableOptions(text=False)).num_rows == 1
 
 
 def test_sizes_of_values() -> None:

@@ -529,6 +529,9 @@ def test_silver_data_is_learnt_from_and_not_scored_on(options: TrainOptions, tmp
     [
         ({"epochs": 0}, "epochs 0: at least 1 is needed"),
         ({"lr": 0.0}, "lr 0.0: a positive number is needed"),
+        ({"lr": float("inf")}, "lr inf: a positive number is needed"),
+        ({"seed": -1}, "seed -1: at least 0, below 2**32, is needed"),
+        ({"weight_decay": float("nan")}, "warmup_ratio lies in [0, 1), weight_decay is not negative"),
         ({"warmup_ratio": 1.0}, "warmup_ratio lies in [0, 1), weight_decay is not negative"),
         ({"layer_decay": 0.0}, "layer_decay lies in (0, 1], label_smoothing in [0, 1), teacher_weight in [0, 1]"),
         ({"label_smoothing": 1.0}, "layer_decay lies in (0, 1], label_smoothing in [0, 1), teacher_weight in [0, 1]"),
