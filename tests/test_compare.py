@@ -476,7 +476,7 @@ def test_errors_of_a_process(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with Process(engine_of(pair)) as process:
         process.take([SECRET], [SECRET])
         with pytest.raises(MednerError) as broken:
-            process.latencies(Setting(0, 1, 1), "all")  # type: ignore[arg-type]
+            process.latencies(Setting(64, 1, 1), "all")  # type: ignore[arg-type]
         assert str(broken.value) == (
             "internal error of an engine: TypeError in latencies; MEDNER_DEBUG=1 shows the traceback"
         )

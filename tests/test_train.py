@@ -586,7 +586,7 @@ def test_unusable_bases_and_data(options: TrainOptions, base: Path, tmp_path: Pa
     assert len(str(error.value).splitlines()) == 2
     with pytest.raises(UsageError) as usage:
         train(replace(fresh, window=65))
-    assert str(usage.value) == "window 65: this model takes 3 to 64 tokens"
+    assert str(usage.value) == "window 65: this model takes 8 to 64 tokens"
     (tmp_path / "train.tsv").write_text("a\tO\n")
     (tmp_path / "devel.tsv").write_text("a\tB-X\n")
     with pytest.raises(InputError, match="the train split has no labelled span"):
