@@ -4,26 +4,28 @@
 
 CHECKPOINT is a directory with the weights of all-MiniLM-L6-v2. The checkpoints and the bundle with all its variants go
 to ``models/default`` and ``models/training``, which git ignores; ``--ship`` also replaces ``medner/bundles/default`` by
-the int8 variant. What is there already is not made again, so an interrupted build goes on. About an hour and a
-half on two cores.
+the int8 variant. What is there already is not made again, so an interrupted build goes on. About three hours on two
+cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import abbreviations
 import common
 import errors
+import lexicon
 import pretrain
 import pyarrow as pa
 import relu_base
@@ -42,11 +44,13 @@ SEEDS = (13, 14, 15, 16, 17)
 #: Steps of the distillation that makes the base's activation ReLU.
 RELU_STEPS = 500
 #: Tokens that the encoder is pre-trained on.
-PRETRAINED_TOKENS = 5_000_000
-#: The way of training whose checkpoints teach, all its seeds.
-TEACHERS = "pretrained"
+PRETRAINED_TOKENS = 16_000_000
+#: Epochs in which names of diseases are learnt.
+NAMED_EPOCHS = 2
+#: The ways of training whose checkpoints teach, all their seeds: what else is a mention beside names, and in the end.
+FIRST_TEACHERS, TEACHERS = "pretrained", "named"
 #: Characters of text that only the teachers say something about, and how many of one text at most.
-UNLABELLED_CHARACTERS, LONGEST_TEXT = {"medquad": 150_000, "rct": 75_000, "mtsamples": 75_000}, 3_000
+UNLABELLED_CHARACTERS, LONGEST_TEXT = {"medquad": 400_000, "rct": 400_000, "mtsamples": 400_000}, 3_000
 #: Characters of reports whose mentions are abbreviated.
 ABBREVIATED_CHARACTERS = 1_000_000
 LICENCE = "Apache-2.0"
@@ -64,20 +68,49 @@ TEXTS = {
 def make_base(base: str) -> Path:
     """The encoder with ReLU and without special tokens, pre-trained further; unless it is there."""
     cheap, made = WORK / "base", WORK / "pretrained"
+    texts = tuple(TEXTS.values())
     if not (cheap / "model.safetensors").is_file():
-        relu_base.make(base, cheap, tuple(TEXTS.values()), RELU_STEPS)
+        relu_base.make(base, cheap, texts, RELU_STEPS)
     if not (made / "model.safetensors").is_file():
-        texts = (TEXTS["rct"], TEXTS["medquad"])
         pretrain.pretrain(pretrain.PretrainOptions(str(cheap), made, texts, PRETRAINED_TOKENS, resume=True))
     return made
 
 
-def make_teachers(base: Path) -> list[Path]:
-    """The checkpoints that teach; unless they are there."""
-    (variant,) = (variant for variant in training.VARIANTS if variant.name == TEACHERS)
-    jobs = {training.WORK / f"{TEACHERS}-{seed}": training.arguments(variant, base, seed) for seed in training.SEEDS}
+def make_teachers(name: str, base: Path) -> list[Path]:
+    """The checkpoints of a way of training; unless they are there."""
+    (variant,) = (variant for variant in training.VARIANTS if variant.name == name)
+    jobs = {training.WORK / f"{name}-{seed}": training.arguments(variant, base, seed) for seed in training.SEEDS}
     training.train_all(jobs)
     return list(jobs)
+
+
+def make_named(base: Path, teachers: Sequence[Path]) -> Path:
+    """A checkpoint that has learnt names of diseases beside the corpus; unless it is there."""
+    made = WORK / "named"
+    options = {**training.PLAIN, "epochs": NAMED_EPOCHS, "average": 1}
+    job = training.flags(data=[CONLL], base=base, silver=write_named(teachers), seed=training.SEEDS[0], **options)
+    training.train_all({made: job}, threads=os.cpu_count() or 1)
+    return made
+
+
+def write_named(teachers: Sequence[Path]) -> Path:
+    """Sentences of MedQuAD with names, those of the corpus with names in place of mentions; unless they are there."""
+    target = WORK / "named.jsonl"
+    if not target.is_file():
+        texts = relu_base.texts(TEXTS["medquad"], 10**10)
+        known = lexicon.names(texts)
+        sentences = lexicon.marked(texts, known.diseases, _sentences)
+        made = [*lexicon.completed(sentences, found_by_most(teachers, sentences))]
+        made += lexicon.replaced(datasets.load(str(CONLL), "train", {"*": lexicon.LABEL}), known)
+        _write_lines(target, ({"id": str(i), "text": d.text, "spans": d.spans} for i, d in enumerate(made)))
+    return target
+
+
+def found_by_most(teachers: Sequence[Path], documents: Sequence[Document]) -> list[list[datasets.Span]]:
+    """The spans that more than half of the teachers find in each document."""
+    each = [evaluate.find(torch_annotator(teacher), documents) for teacher in teachers]
+    counts = (Counter(chain.from_iterable(spans)) for spans in zip(*each, strict=True))
+    return [sorted(span for span, count in found.items() if 2 * count > len(teachers)) for found in counts]
 
 
 def average(checkpoints: Sequence[Path], target: Path) -> None:
@@ -96,8 +129,11 @@ def write_unlabelled() -> Path:
 
 
 def write_silver(teachers: Sequence[Path]) -> Path:
-    """Sentences of reports in which the teachers find the same mentions, abbreviated then; unless they are there."""
-    target = WORK / "abbreviated.jsonl"
+    """Sentences of reports in which all teachers find the same mentions, as records abbreviate them.
+
+    Those with mentions, then as many in shorthand without any, and headings; unless they are there.
+    """
+    target = WORK / "silver.jsonl"
     if not target.is_file():
         texts = relu_base.texts(TEXTS["mtsamples"], ABBREVIATED_CHARACTERS)
         parts = dict.fromkeys(part for text in texts for part in _sentences(text))
@@ -108,9 +144,21 @@ def write_silver(teachers: Sequence[Path]) -> Path:
             for sentence, spans, *rest in zip(sentences, first, *others, strict=True)
             if all(spans == other for other in rest)
         ]
-        made = abbreviations.abbreviated(agreed)
+        short = list(abbreviations.shortened(agreed))
+        made = list(abbreviations.abbreviated(short))
+        plain = [new for old, new in zip(agreed, short, strict=True) if not new.spans and new != old]
+        made += common.every_kth(plain, min(len(plain), len(made))) if plain else []
+        made += abbreviations.headings()
         _write_lines(target, ({"id": d.id, "text": d.text, "spans": d.spans} for d in made))
     return target
+
+
+def silver_counts(silver: Path) -> dict[str, int]:
+    """Sentences with an abbreviated mention, and those in shorthand without one; headings left out."""
+    rows = [json.loads(line) for line in silver.read_text(encoding="utf-8").splitlines()]
+    with_mentions = sum(bool(row["spans"]) for row in rows)
+    headings = len(list(abbreviations.headings()))
+    return {"abbreviated": with_mentions, "shortened": len(rows) - with_mentions - headings}
 
 
 def _sentences(text: str) -> list[str]:
@@ -241,9 +289,15 @@ def card(path: Path, facts: dict[str, Any]) -> str:
         "pretrained": f"{PRETRAINED_TOKENS / 1e6:.0f} M",
         "epochs": str(training.TAUGHT_EPOCHS),
         "seeds": _seeds(facts),
-        "chosen": {"mean": "the mean of five seeds' weights"}.get(facts["chosen"], facts["chosen"]),
+        "chosen": facts["chosen"],
         "teachers": str(len(training.SEEDS)),
-        "abbreviated": f"{facts['abbreviated']:,}",
+        "abbreviated": f"{facts['silver']['abbreviated']:,}",
+        "shortened": f"{facts['silver']['shortened']:,}",
+        "shorthand": str(len(abbreviations.SHORTHAND)),
+        "headings": str(len(abbreviations.HEADINGS)),
+        "named": f"{facts['named']:,}",
+        "names": f"{facts['names']:,}",
+        "named_epochs": str(NAMED_EPOCHS),
         "abbreviations": str(len(abbreviations.ABBREVIATIONS)),
         "unlabelled": f"{sum(UNLABELLED_CHARACTERS.values()):,}",
         "sentences": str(facts["fp32_identical_sentences"]),
@@ -261,12 +315,11 @@ def card(path: Path, facts: dict[str, Any]) -> str:
 
 
 def _seeds(facts: dict[str, Any]) -> str:
-    """Rows of a table: each seed, their mean, and the mean of their weights."""
+    """Rows of a table: each seed, the means of weights, and the mean of the seeds' scores."""
     columns = [(split, name) for split in ("devel", "test") for name in training.SCORED]
     scores = {name: [100 * facts[split][name][scored] for split, scored in columns] for name in facts["devel"]}
-    seeds = [values for name, values in scores.items() if name != "mean"]
-    scores["mean of their weights"] = scores.pop("mean")
-    scores["**mean of the scores**"] = [sum(values) / len(values) for values in zip(*seeds, strict=True)]
+    seeds = [values for name, values in scores.items() if name not in training.MEANS]
+    scores["**mean of the seeds' scores**"] = [sum(values) / len(values) for values in zip(*seeds, strict=True)]
     return "\n".join(f"| {name} | {' | '.join(f'{value:.2f}' for value in row)} |" for name, row in scores.items())
 
 
@@ -277,12 +330,16 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="replace the bundle inside the package")
     given = parser.parse_args()
 
-    teachers = make_teachers(make_base(given.base))
+    base = make_base(given.base)
+    first = make_teachers(FIRST_TEACHERS, base)
+    teachers = make_teachers(TEACHERS, make_named(base, first))
     start = best_start(teachers)
     silver = write_silver(teachers)
     students = make_students(start, teachers, silver, write_unlabelled())
-    candidates = {f"seed {seed}": path for seed, path in students.items()} | {"mean": WORK / "mean"}
-    average(list(students.values()), candidates["mean"])
+    candidates = {f"seed {seed}": path for seed, path in students.items()}
+    for (name, folder), others in zip(training.MEANS.items(), ([], teachers), strict=True):
+        candidates[name] = WORK / folder
+        average([*others, *students.values()], candidates[name])
     devel = {name: training.score(candidate) for name, candidate in candidates.items()}
     chosen = max(devel, key=lambda name: devel[name]["sentences"] + devel[name]["documents"])
     checkpoint, path = WORK / "checkpoint", WORK / "bundle"
@@ -302,7 +359,9 @@ def main() -> None:
     documents = notes()
     facts = {
         "chosen": chosen,
-        "abbreviated": len(silver.read_text(encoding="utf-8").splitlines()),
+        "silver": silver_counts(silver),
+        "named": len((WORK / "named.jsonl").read_text(encoding="utf-8").splitlines()),
+        "names": len(lexicon.names(relu_base.texts(TEXTS["medquad"], 10**10)).diseases),
         "devel": devel,
         # Looked at once, when all was chosen: each seed, and what ships.
         "test": {name: training.score(candidate, "test") for name, candidate in candidates.items()},
@@ -316,8 +375,9 @@ def main() -> None:
     manifest = json.loads((path / bundle.MANIFEST).read_text(encoding="utf-8"))
     written = {key: manifest[key] for key in ("licence", "parity", "training", "versions")}
     _strip_paths(written["training"])
-    if chosen == "mean":  # the mean has no training of its own: what is there is the last seed's
+    if chosen in training.MEANS:  # a mean has no training of its own: what is there is the last seed's
         written["training"]["mean_of_seeds"] = list(SEEDS)
+        written["training"]["mean_of"] = chosen
     written |= {name: facts[name] for name in ("scores", "chosen", "devel", "test")}
     loaded = bundle.load(path)
     (path / "README.md").write_text(card(path, facts), encoding="utf-8")
@@ -357,7 +417,7 @@ def _strip_paths(training: dict[str, Any]) -> None:
     options = training["options"]
     options["data"] = ["NCBI Disease, tagged sentences", "NCBI Disease, documents"]
     options["base"] = "all-MiniLM-L6-v2 with ReLU and without special tokens, fine-tuned as a teacher"
-    options["silver"] = ["MTSamples, sentences with abbreviated mentions"]
+    options["silver"] = ["MTSamples, sentences as records abbreviate them; headings of records"]
     options["unlabelled"] = ["MedQuAD, trial reports, MTSamples"]
     options["teachers"] = [Path(teacher).name for teacher in options["teachers"]]
     options.pop("output", None)

@@ -1,6 +1,7 @@
 """What each way of training gives on the devel split of NCBI Disease, over several seeds.
 
-    python benchmarks/training.py [--base DIR] [--base-specials DIR] [--base-pretrained DIR] [--seeds 13 14 15]
+    python benchmarks/training.py [--base DIR] [--base-specials DIR] [--base-pretrained DIR]
+                                  [--base-named DIR] [--seeds 13 14 15]
 
 A training starts from the default model's encoder (``models/default/base``, made by ``build_default.py``) unless its
 variant has another, and differs from the plain one as its row says; as many run at a time as there are processors, on
@@ -53,6 +54,7 @@ VARIANTS = (
     Variant("plain", "plain: single sentences, 6 epochs, better of best epoch and mean of the last three"),
     Variant("specials", "with `[CLS]` and `[SEP]`", base="specials"),
     Variant("pretrained", "encoder pre-trained further in the domain", base="pretrained"),
+    Variant("named", "the same, then trained on names of diseases, too", base="named"),
     Variant(
         "packed",
         "also documents packed into 128 tokens, 3 epochs",
@@ -68,10 +70,11 @@ VARIANTS = (
 #: Of the last stage of ``build_default.py``; what that stage is called, and what it makes of its checkpoints.
 TAUGHT_EPOCHS = 4
 TAUGHT = (
-    f"from the best pre-trained one {TAUGHT_EPOCHS} more epochs, taught by all three, on documents and text without "
-    "labels, too"
+    f"from the best of those that learnt names {TAUGHT_EPOCHS} more epochs, taught by all three, on documents and text "
+    "without labels, too"
 )
-MEAN = "one model: the mean of their weights"
+#: Models made of several checkpoints, and their folders beside those.
+MEANS = {"the mean of the seeds' weights": "mean", "the mean of the seeds' and the teachers' weights": "mean-of-all"}
 
 
 def arguments(variant: Variant, base: Path, seed: int) -> list[str]:
@@ -90,10 +93,10 @@ def flags(**options: Any) -> list[str]:
     return listed
 
 
-def train_all(jobs: Mapping[Path, Sequence[str]], workers: int = os.cpu_count() or 1) -> None:
+def train_all(jobs: Mapping[Path, Sequence[str]], workers: int = os.cpu_count() or 1, threads: int = 1) -> None:
     """Make checkpoints that are not there yet, several at a time, on one thread each: faster than one on all of them.
 
-    jobs: what ``medner train`` gets, by output.
+    jobs: what ``medner train`` gets, by output. threads: of each, where there is but one.
     """
 
     def train(output: Path) -> None:
@@ -103,7 +106,7 @@ def train_all(jobs: Mapping[Path, Sequence[str]], workers: int = os.cpu_count() 
         command = [Path(sys.executable).with_name("medner"), "train", *jobs[output], "-o", output]
         if output.exists():
             command.append("--resume")
-        common.timed(command, {"OMP_NUM_THREADS": "1"})
+        common.timed(command, {"OMP_NUM_THREADS": str(threads)})
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(train, jobs))
@@ -152,9 +155,13 @@ def measure(
             "averaged": (metrics["averaged"] or {}).get("f1"),
             "seconds": metrics["seconds"],
         }
-    if taught is not None and (taught / "mean").is_dir():
-        scored = score(taught / "mean")
-        rows["mean"] = {"what": MEAN, "seeds": {"mean": {**scored, "best_epoch": None, "averaged": None}}}
+    for name, folder in MEANS.items():
+        if taught is not None and (taught / folder).is_dir():
+            scored = score(taught / folder)
+            rows[folder] = {
+                "what": f"one model: {name}",
+                "seeds": {folder: {**scored, "best_epoch": None, "averaged": None}},
+            }
     return {"options": PLAIN, "split": "devel", "variants": rows}
 
 
@@ -163,7 +170,7 @@ def kept(measured: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, A
     if earlier and (earlier["options"], earlier["split"]) != (measured["options"], measured["split"]):
         raise SystemExit("the earlier result has other options; measure all variants")
     rows = {**earlier.get("variants", {}), **measured["variants"]}
-    order = [*(variant.name for variant in VARIANTS), "taught", "mean"]
+    order = [*(variant.name for variant in VARIANTS), "taught", *MEANS.values()]
     return {**measured, "variants": {name: rows[name] for name in order if name in rows}}
 
 
@@ -211,13 +218,16 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=default / "base")
     parser.add_argument("--base-specials", dest="specials", type=Path, help="the same with its special tokens")
     parser.add_argument("--base-pretrained", dest="pretrained", type=Path, help="the same, pre-trained further")
+    parser.add_argument("--base-named", dest="named", type=Path, help="the same, then trained on names of diseases")
     parser.add_argument("--taught", type=Path, help="folder of the checkpoints that teachers taught, seedN")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="trainings at a time")
     given = parser.parse_args()
     if given.taught is not None and not list(given.taught.glob("seed*")):
         parser.error(f"--taught {given.taught}: no folder seedN in it")
-    bases = {name: path for name in ("base", "specials", "pretrained") if (path := getattr(given, name)) is not None}
+    bases = {
+        name: path for name in ("base", "specials", "pretrained", "named") if (path := getattr(given, name)) is not None
+    }
     variants = [variant for variant in VARIANTS if variant.name in given.variants]
     if missing := [variant.base for variant in variants if variant.base not in bases]:
         parser.error(f"--base-{missing[0]} is needed for the variant {missing[0]}; or leave it out by --variants")

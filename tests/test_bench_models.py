@@ -29,8 +29,8 @@ pytest.importorskip("onnx", reason="build_default exports")
 load_file = pytest.importorskip("safetensors.torch").load_file
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    abbreviations, build_default, errors, pretrain, relu_base = map(
-        import_module, ("abbreviations", "build_default", "errors", "pretrain", "relu_base")
+    abbreviations, build_default, errors, lexicon, pretrain, relu_base = map(
+        import_module, ("abbreviations", "build_default", "errors", "lexicon", "pretrain", "relu_base")
     )
 
 
@@ -127,6 +127,37 @@ def test_mentions_are_abbreviated() -> None:
     names = [document.text[start:end] for document in made for start, end, _ in document.spans]
     small = [name for name in names if name.islower() and name not in ("asthma", "chronic gout", "gout")]
     assert 0.1 < len(small) / len([name for name in names if name.lower() in short]) < 0.3
+
+
+def test_phrases_are_shortened() -> None:
+    """Phrases outside mentions become shorthand, the longest first; spans still are their mentions'."""
+    texts = ("Review of systems: history of gout with tophi, status post surgery.", "Historyless withal.", "With gout.")
+    sentences = [
+        Document("", text, tuple((m.start(), m.end(), "Disease") for m in re.finditer("gout with tophi|gout", text)))
+        for text in texts
+    ]
+    forms: list[set[str]] = [set(), set(), set()]
+    for seed in range(100):
+        for number, document in enumerate(abbreviations.shortened(sentences, seed)):
+            forms[number].add(document.text)
+            mentions = [document.text[start:end] for start, end, _ in document.spans]
+            assert mentions == [["gout with tophi"], [], ["gout"]][number]
+    assert texts[0] in forms[0]
+    assert "ROS: h/o gout with tophi, s/p surg." in forms[0]
+    assert all(re.fullmatch(r"(ROS|Review of systems): (h/o|history of) gout with tophi, "
+                            r"(s/p|status post) (surg|surgery)\.", text) for text in forms[0])  # fmt: skip
+    assert forms[1] == {texts[1]}
+    assert forms[2] == {texts[2], "w/ gout."}
+
+
+def test_no_shorthand_is_a_disease() -> None:
+    """What stands for no disease is none of the abbreviations that stand for one; phrases can be found."""
+    diseases = {name.lower() for name in abbreviations.ABBREVIATIONS}
+    assert not diseases & {short.lower() for short in abbreviations.SHORTHAND.values()}
+    assert not diseases & {heading.lower() for heading in abbreviations.HEADINGS}
+    assert all(phrase == phrase.lower() for phrase in abbreviations.SHORTHAND)
+    assert len({heading.lower() for heading in abbreviations.HEADINGS}) == len(abbreviations.HEADINGS)
+    assert "\u2022 ROS" in {heading.text for heading in abbreviations.headings()}
 
 
 def test_windows_for_pretraining(tmp_path: Path) -> None:
@@ -236,14 +267,9 @@ def test_the_best_teacher_is_the_start(tmp_path: Path) -> None:
     assert build_default.best_start([tmp_path / name for name in "ac"]) == tmp_path / "a"
 
 
-def test_silver_is_what_teachers_agree_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sentences with equal mentions alone, abbreviated; each once; and what is there is not made again."""
-    reports = tmp_path / "reports.csv"
-    reports.write_text("transcription\nNo gout. No asthma. No asthma.\nHistory of fever.\n", encoding="utf-8")
-    monkeypatch.setattr(build_default, "WORK", tmp_path)
-    monkeypatch.setitem(build_default.TEXTS, "mtsamples", f"{reports}:transcription")
-    known = {Path("a"): "asthma|gout", Path("b"): "asthma|fever"}
-    monkeypatch.setattr(build_default, "torch_annotator", known.__getitem__)
+def patterns_find(monkeypatch: pytest.MonkeyPatch, patterns: dict[str, str]) -> None:
+    """Teachers that are patterns."""
+    monkeypatch.setattr(build_default, "torch_annotator", lambda teacher: patterns[str(teacher)])
     monkeypatch.setattr(
         build_default.evaluate,
         "find",
@@ -251,13 +277,127 @@ def test_silver_is_what_teachers_agree_on(tmp_path: Path, monkeypatch: pytest.Mo
             [(m.start(), m.end(), "Disease") for m in re.finditer(pattern, document.text)] for document in documents
         ],
     )
-    made = build_default.write_silver(list(known))
-    (row,) = (json.loads(line) for line in made.read_text(encoding="utf-8").splitlines())
+
+
+def test_silver_is_what_teachers_agree_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentences with equal mentions alone, abbreviated; as many in shorthand; headings; what is there stays."""
+    reports = tmp_path / "reports.csv"
+    reports.write_text(
+        "transcription\nNo gout. No asthma. No asthma.\nHistory of fever.\n"
+        "Patient is well. She smokes. Patient is ill.\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(build_default, "WORK", tmp_path)
+    monkeypatch.setattr(abbreviations, "SHORTENED", 1.0)
+    monkeypatch.setitem(build_default.TEXTS, "mtsamples", f"{reports}:transcription")
+    patterns_find(monkeypatch, {"a": "asthma|gout", "b": "asthma|fever"})
+    made = build_default.write_silver([Path("a"), Path("b")])
+    row, plain, *headings = (json.loads(line) for line in made.read_text(encoding="utf-8").splitlines())
     ((start, end, label),) = row["spans"]
     assert (row["text"][:start].strip(), row["text"][end:].strip(), label) == ("No", ".", "Disease")
     assert row["text"][start:end].lower() in {name.lower() for name in abbreviations.ABBREVIATIONS}
+    assert (plain["text"].strip(), plain["spans"]) == ("pt is well.", [])
+    assert [(row["text"], row["spans"]) for row in headings] == [(d.text, []) for d in abbreviations.headings()]
+    assert build_default.silver_counts(made) == {"abbreviated": 1, "shortened": 1}
     made.write_text("kept", encoding="utf-8")
     assert build_default.write_silver([]).read_text(encoding="utf-8") == "kept"
+
+
+ANSWERS = (
+    "Bluefoot syndrome (BFS) is a rare disorder of the toes. Nobody knows where it comes from. "
+    "BFS and gout differ in it.",
+    "The Ontology provides the following list of signs and symptoms for Greenear disease type 2. If the information is "
+    "wrong, tell us. In Greenear disease type 2 the lobes are green. No BFS was seen in them.",
+    "What causes Redneemia? Having a sister is a rare condition. What is gene therapy? "
+    "Most people with severe redneemia, Greenear  Disease or bluefoot syndromes were well.",
+    "These resources address the diagnosis or management of t-cell lymphoma: none. A pacemaker is a type of clock.",
+)
+
+
+def known_in(text: str) -> list[str]:
+    """What the names of the answers mark in a text."""
+    finder = lexicon.Finder(lexicon.names(ANSWERS).diseases)
+    return [text[start:end] for start, end in finder(text)]
+
+
+def test_names_are_what_answers_are_about() -> None:
+    """Taken from set phrases where they read like a disease; found as whole words, the longest, in any case."""
+    found = lexicon.names(ANSWERS)
+    assert found.diseases == ("bluefoot syndrome", "greenear disease type 2", "redneemia", "t-cell lymphoma")
+    assert found.abbreviations == ("BFS",)
+    assert known_in("BLUEFOOT syndrome, Redneemia-like bluefoot syndromes") == ["BLUEFOOT syndrome", "Redneemia"]
+    assert lexicon.Finder(["a b", "a b c", "b c d"])("a b d a b c d") == [(0, 3), (6, 11)]
+
+
+def test_sentences_are_marked_by_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name in some sentences, an abbreviation in the text that defines it; some sentences have neither."""
+    cut = [lambda text: re.split(r"(?<=[.?]) ", text)]
+
+    def marked() -> dict[str, list[str]]:
+        found = lexicon.marked(ANSWERS, lexicon.names(ANSWERS).diseases, cut[0])
+        assert len({d.text for d in found}) == len(found)
+        return {d.text: [d.text[start:end] for start, end, label in d.spans if label == "Disease"] for d in found}
+
+    found = marked()
+    assert found["BFS and gout differ in it."] == ["BFS"]
+    assert found[ANSWERS[0].partition(". ")[0] + "."] == ["Bluefoot syndrome", "BFS"]
+    assert found["In Greenear disease type 2 the lobes are green."] == ["Greenear disease type 2"]
+    assert "No BFS was seen in them." not in {text for text, spans in found.items() if spans}
+    spans = [len(spans) for spans in found.values()]
+    assert spans.count(0) == round(lexicon.WITHOUT * (len(spans) - spans.count(0))) > 0
+    monkeypatch.setattr(lexicon, "OF_ONE_NAME", 1)
+    fewer = [name.lower() for names in marked().values() for name in names]
+    assert sorted(set(fewer)) == ["bfs", "bluefoot syndrome", "greenear disease type 2", "redneemia", "t-cell lymphoma"]
+    assert fewer.count("greenear disease type 2") == 1
+
+
+def test_marked_sentences_are_completed() -> None:
+    """What was found stays beside a name and around it; what a name overlaps otherwise gives way."""
+    text = "Late bluefoot syndrome type 2, redneemia and gout"
+    sentence = Document("", text, ((5, 22, "Disease"), (31, 40, "Disease")))
+    for found, expected in (
+        ([], ["bluefoot syndrome", "redneemia"]),
+        ([(0, 22), (45, 49)], ["Late bluefoot syndrome", "redneemia", "gout"]),
+        ([(14, 29)], ["bluefoot syndrome", "redneemia"]),
+        ([(0, 40)], ["Late bluefoot syndrome type 2, redneemia"]),
+    ):
+        (done,) = lexicon.completed([sentence], [[(*span, "Disease") for span in found]])
+        assert [text[start:end] for start, end, _ in done.spans] == expected
+
+
+def test_names_take_the_places_of_mentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one word, of several, or short, as the mention was; sentences without mentions are left out."""
+    monkeypatch.setattr(lexicon, "REPLACED", 1.0)
+    given = [Document("1", "No DMD here", ((3, 6, "A"),)), Document("2", "None", ()),
+             Document("3", "All big gout, gout", ((4, 12, "A"), (14, 18, "A")))]  # fmt: skip
+    first, second = lexicon.replaced(given, lexicon.Names(("long name", "name"), ("NM",)))
+    assert (first.text, first.spans) == ("No NM here", ((3, 5, "A"),))
+    assert second.text in ("All long name, name", "All long name, long name")
+    assert [second.text[start:end] for start, end, _ in second.spans] == second.text.removeprefix("All ").split(", ")
+    monkeypatch.setattr(lexicon, "REPLACED", 0.0)
+    assert list(lexicon.replaced(given, lexicon.Names((), ()))) == [given[0], given[2]]
+
+
+def test_named_is_what_most_teachers_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MedQuAD's sentences with names and what two of three find, then the corpus's; what is there stays."""
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ANSWERS))
+    (tmp_path / "train.tsv").write_text("Asthma\tB-Sign\n.\tO\n", encoding="utf-8")
+    monkeypatch.setattr(build_default, "WORK", tmp_path)
+    monkeypatch.setattr(build_default, "CONLL", tmp_path)
+    monkeypatch.setitem(build_default.TEXTS, "medquad", str(tmp_path / "answers.jsonl"))
+    patterns_find(monkeypatch, {"a": "gout|toes", "b": "gout|lobes", "c": "lobes|sister"})
+    rows = [
+        json.loads(line)
+        for line in build_default.write_named([Path(name) for name in "abc"]).read_text(encoding="utf-8").splitlines()
+    ]
+    found = {row["text"]: [row["text"][start:end] for start, end, _ in row["spans"]] for row in rows}
+    assert found["BFS and gout differ in it."] == ["BFS", "gout"]
+    assert found["In Greenear disease type 2 the lobes are green."] == ["Greenear disease type 2", "lobes"]
+    assert found["Bluefoot syndrome (BFS) is a rare disorder of the toes."] == ["Bluefoot syndrome", "BFS"]
+    assert {label for row in rows for *_, label in row["spans"]} == {"Disease"}
+    assert rows[-1]["text"].endswith(" .")
+    (tmp_path / "named.jsonl").write_text("kept", encoding="utf-8")
+    assert build_default.write_named([]).read_text(encoding="utf-8") == "kept"
 
 
 def test_kinds_of_errors() -> None:
