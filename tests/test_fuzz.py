@@ -115,7 +115,7 @@ def translate_line_ends(patch: pytest.MonkeyPatch) -> None:
 def shift_spans(patch: pytest.MonkeyPatch) -> None:
     """The text of a mention is cut one character further."""
     mentions = sinks._mentions
-    patch.setattr(sinks, "_mentions", lambda batch: [text[1:] + " " for text in mentions(batch)])
+    patch.setattr(sinks, "_mentions", lambda *a: pa.array([text[1:] + " " for text in mentions(*a).to_pylist()]))
 
 
 def tell_data(patch: pytest.MonkeyPatch) -> None:
