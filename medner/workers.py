@@ -290,7 +290,8 @@ def _work(connection: Connection, model: str, options: Options, cpus: int) -> No
     """Annotate parts until there are no more. An error is an answer, without a note's text."""
     # Ctrl-C in a terminal is for the process that reads, which then ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _stop)
+    ending = _Ending()
+    signal.signal(signal.SIGTERM, ending)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("RAYON_NUM_THREADS", str(cpus))  # tokenizers' threads, started with the first text
@@ -312,13 +313,22 @@ def _work(connection: Connection, model: str, options: Options, cpus: int) -> No
                 traceback.print_exc()
             connection.send(MednerError(f"--device {options.device}: {defect(exc)}"))
     # It ends by itself from here on; a signal to end now would be complained of by what Python does at exit.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ending.begun = True
 
 
-def _stop(*_: object) -> None:
-    """End, once: a second exit would leave threads in onnxruntime behind, and a signal may reach this process twice."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(0)
+class _Ending:
+    """Handler that ends the process, once: a second exit would leave threads in onnxruntime behind.
+
+    A signal may reach this process twice, or as it ends by itself. To ignore signals from then on would be a race:
+    Python complains of one that comes while its handler is replaced ("ignored due to race condition").
+    """
+
+    begun = False
+
+    def __call__(self, *_: object) -> None:
+        if not self.begun:
+            self.begun = True
+            sys.exit(0)
 
 
 def _end_with_parent() -> None:

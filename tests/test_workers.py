@@ -326,14 +326,30 @@ def test_an_error_in_a_process(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_process_is_stopped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_is_stopped_once() -> None:
     """It may get the signal from a scheduler and from the process that reads; the second does not cut its end short."""
-    handlers: dict[int, Any] = {}
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    ending = workers._Ending()
     with pytest.raises(SystemExit) as ended:
-        workers._stop(signal.SIGTERM, None)
+        ending(signal.SIGTERM, None)
     assert ended.value.code == 0
-    assert handlers == {signal.SIGTERM: signal.SIG_IGN}
+    ending(signal.SIGTERM, None)
+
+
+def test_a_signal_as_a_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does nothing, and no handler is replaced: Python would complain of a signal that comes in that moment."""
+    given: list[tuple[int, Any]] = []
+    monkeypatch.setattr(signal, "signal", lambda *call: given.append(call))
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+
+    def fails(*_: object) -> None:
+        assert [number for number, _ in given] == [signal.SIGINT, signal.SIGTERM]
+        raise MednerError("at once")
+
+    monkeypatch.setattr(workers.Annotator, "load", fails)
+    workers._work(Answers(), "m", Options(), 1)  # type: ignore[arg-type]
+    assert len(given) == 2
+    handler = given[1][1]
+    handler(signal.SIGTERM, None)
 
 
 def test_signals_wait_for_each_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
