@@ -27,7 +27,7 @@ import transformers
 from torch.utils.data import IterableDataset
 
 from medner import sources
-from medner.train import IGNORED, resolve_precision
+from medner.train import IGNORED, load_tokenizer, resolve_precision
 from medner.windows import WordTokenizer
 
 #: Share of the tokens that are masked.
@@ -122,7 +122,7 @@ def pretrain(options: PretrainOptions) -> list[float]:
         raise SystemExit(f"{options.base}: is no BERT, whose head for masked words this is")
     transformers.set_seed(SEED)
     cuda = torch.cuda.is_available()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.base)
+    tokenizer = load_tokenizer(options.base)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

@@ -36,6 +36,7 @@ import transformers
 from tqdm import tqdm
 
 from medner import sources
+from medner.train import load_tokenizer
 
 #: Tokens of an example, special ones left out, and examples of a step.
 LENGTH, BATCH = 96, 32
@@ -159,7 +160,7 @@ def _batches(ids: Tensor, steps: int) -> Iterator[Tensor]:
 def make(base: str, output: Path, files: Sequence[str], steps: int, *, keep_specials: bool = False) -> None:
     """Write the checkpoint. keep_specials: ReLU alone."""
     torch.manual_seed(SEED)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     # On a CPU the plain attention trains faster than the fused one.
     load: Callable[..., Any] = transformers.AutoModel.from_pretrained
     load = partial(load, add_pooling_layer=False, attn_implementation="eager")

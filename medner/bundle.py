@@ -321,9 +321,17 @@ def _foreign_files(path: Path) -> dict[str, str]:
     needed = ("config.json", "tokenizer.json")
     for name in needed:
         if not os.path.lexists(path / name):
-            raise ModelError(f"{path}: no {name}; a model directory holds config.json, tokenizer.json and the model")
+            raise ModelError(f"{path}: no {name}; {_next_step(path, name)}")
         _size(path, name, _MAX_FILE)
     return {name: sha256_of(path / name) for name in needed}
+
+
+def _next_step(path: Path, missing: str) -> str:
+    """What to do about a file that a model directory lacks."""
+    # Of words alone it could be made, but whether their case counts would be a guess.
+    if missing == "tokenizer.json" and (path / "vocab.txt").is_file():
+        return "save there the tokenizer that the model was trained with, by tokenizer.save_pretrained of transformers"
+    return "a model directory holds config.json, tokenizer.json and the model"
 
 
 _FOREIGN_GRAPHS = {

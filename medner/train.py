@@ -39,6 +39,7 @@ try:
     from seqeval.scheme import IOB2
     from torch.utils.data import DataLoader
     from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, Trainer, TrainingArguments
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
     from transformers.trainer_callback import ProgressCallback, TrainerCallback
 except ImportError as error:
     raise MissingPackage(f'training needs the package "{error.name}": pip install "medner[train]"') from None
@@ -439,7 +440,7 @@ def _prepare(
     tags = ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BI")]
     # Of a slice, devel may hold labels that the model does not know; they cannot be scored.
     data["devel"] = [replace(d, spans=tuple(s for s in d.spans if s[2] in labels)) for d in data["devel"]]
-    tokenizer = _load_tokenizer(options.base)
+    tokenizer = load_tokenizer(options.base)
     encoder = windows.WordTokenizer(tokenizer.backend_tokenizer.to_str())
     return data, shares, tags, tokenizer, encoder
 
@@ -463,12 +464,38 @@ def _base_errors(base: str) -> Any:
         transformers.logging.set_verbosity(level)
 
 
-def _load_tokenizer(base: str) -> Any:
+def load_tokenizer(base: str) -> Any:
+    """The fast tokenizer of a checkpoint directory or hub name, with the case that its vocabulary has.
+
+    transformers puts all text into small letters for a BERT whose ``tokenizer_config.json`` is missing or does not say
+    ``do_lower_case``. Bio_ClinicalBERT, BioBERT and SciBERT are such, though they were pre-trained on cased text
+    (github.com/EmilyAlsentzer/clinicalBERT/issues/26); there the case is kept, and standard error says so. Raises
+    :class:`ModelError`.
+    """
+    path = str(Path(base).expanduser())
+    load = partial(AutoTokenizer.from_pretrained, path, use_fast=True, trust_remote_code=False)
     with _base_errors(base):
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(base).expanduser()), use_fast=True, trust_remote_code=False)
-    if not tokenizer.is_fast:
-        raise ModelError(f"{base}: has no fast tokenizer; a tokenizer.json is needed")
+        tokenizer = load()
+        if not tokenizer.is_fast:
+            raise ModelError(f"{base}: has no fast tokenizer; a tokenizer.json is needed")
+        if _loses_capitals(tokenizer) and "do_lower_case" not in get_tokenizer_config(path):
+            cased = load(do_lower_case=False)
+            if not _loses_capitals(cased):
+                tqdm.write(
+                    f"{base}: capitals are kept; its vocabulary has them, and no setting says otherwise",
+                    file=sys.stderr,
+                )
+                return cased
     return tokenizer
+
+
+def _loses_capitals(tokenizer: Any) -> bool:
+    """Whether one in a hundred or more of its words can never be found, for they have capitals, which text loses."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or normalizer.normalize_str("A") != "a":
+        return False
+    vocabulary: set[str] = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    return 100 * sum(word != word.lower() for word in vocabulary) >= len(vocabulary) > 0
 
 
 def _load_model(base: str, tags: Sequence[str]) -> Any:
@@ -756,7 +783,7 @@ def _teach(
 
 def _check_teacher(teacher: str, options: TrainOptions, tags: Sequence[str], tokenizer: Any) -> None:
     """Raise :class:`ModelError` for other tokens or tags than the data's, :class:`UsageError` for the window."""
-    own, config = _load_tokenizer(teacher), _load_config(teacher)
+    own, config = load_tokenizer(teacher), _load_config(teacher)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ModelError(f"{teacher}: has another tokenizer than {options.base}; a teacher needs the same")
     if sorted(_tags_of(config)) != sorted(tags):

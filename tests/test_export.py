@@ -664,16 +664,23 @@ def test_an_output_that_cannot_be_written(checkpoint: Path, notes: Path, tmp_pat
     assert str(failure.value) == f"{tmp_path / 'file' / 'b'}: cannot be written (File exists)"
 
 
-@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
-def test_a_checkpoint_that_lacks_a_file(checkpoint: Path, notes: Path, tmp_path: Path, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "step"),
+    [
+        ("config.json", "a model directory holds config.json, tokenizer.json and the model"),
+        (
+            "tokenizer.json",  # vocab.txt is there
+            "save there the tokenizer that the model was trained with, by tokenizer.save_pretrained of transformers",
+        ),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_file(checkpoint: Path, notes: Path, tmp_path: Path, missing: str, step: str) -> None:
     """A checkpoint without settings or fast tokenizer is refused before anything is written."""
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
     (broken / missing).unlink()
     with pytest.raises(ModelError) as failure:
         export(ExportOptions(broken, tmp_path / "b", str(notes)))
-    assert str(failure.value) == (
-        f"{broken}: no {missing}; a model directory holds config.json, tokenizer.json and the model"
-    )
+    assert str(failure.value) == f"{broken}: no {missing}; {step}"
     assert list(tmp_path.iterdir()) == [broken]
 
 

@@ -597,6 +597,37 @@ def test_unusable_bases_and_data(options: TrainOptions, base: Path, tmp_path: Pa
     assert not fresh.output.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "setting", "tokens"),
+    [
+        ("Seen aids AIDS with", None, ["Seen", "with", "AIDS"]),
+        ("Seen aids AIDS with", True, ["[UNK]", "with", "aids"]),
+        ("Seen aids AIDS with", False, ["Seen", "with", "AIDS"]),
+        ("seen aids with", None, ["seen", "with", "aids"]),
+        (f"seen aids AIDS with {' '.join(map(str, range(200)))}", None, ["seen", "with", "aids"]),
+    ],
+    ids=["cased", "said to be uncased", "said to be cased", "uncased", "uncased but for a word"],
+)
+def test_the_case_that_a_vocabulary_has(
+    words: str, setting: bool | None, tokens: list[str], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kept where a base has words alone, as Bio_ClinicalBERT has; a setting counts more, and goes into checkpoints."""
+    shutil.copy(base / "config.json", tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()]))
+    if setting is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": setting}))
+    tokenizer = training.load_tokenizer(str(tmp_path))
+    assert tokenizer.tokenize("Seen with AIDS") == tokens
+    said = capsys.readouterr()
+    told = f"{tmp_path}: capitals are kept; its vocabulary has them, and no setting says otherwise\n"
+    assert said == ("", told if setting is None and "Seen" in words else "")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    shutil.copy(base / "config.json", tmp_path / "saved")
+    assert training.load_tokenizer(str(tmp_path / "saved")).tokenize("Seen with AIDS") == tokens
+    assert WordTokenizer((tmp_path / "saved" / "tokenizer.json").read_text()).tokenize(["Seen with AIDS"])
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_fast_tokenizer_is_needed(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer without offsets cannot be trained on."""
 
