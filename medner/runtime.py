@@ -297,8 +297,11 @@ def _exact() -> dict[str, str]:
 
 def _open(ort: Any, graph: Path, providers: list[Any], entries: Mapping[str, str]) -> Any:
     """Open a graph on the CPU; raises :class:`ModelError`."""
+    options = _session_options(ort, entries)
+    # For each shape onnxruntime would keep a plan of its memory, and windows in batches have thousands of shapes.
+    options.enable_mem_pattern = False
     try:
-        return ort.InferenceSession(str(graph), _session_options(ort, entries), providers=providers)
+        return ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as exc:  # onnxruntime raises RuntimeError and a family of private classes
         raise ModelError(f"{graph}: onnxruntime cannot load it: {_reason(exc)}") from exc
 

@@ -122,13 +122,17 @@ def test_several_devices_for_one_session() -> None:
 def test_a_cpu_session(
     fake: Callable[..., FakeOrt], monkeypatch: pytest.MonkeyPatch, exact: bool, entries: dict[str, str]
 ) -> None:
-    """On the CPU each call has one thread; a processor whose 8-bit products saturate gets the precise kernels."""
+    """On the CPU each call has one thread, and no shape's memory is planned and kept, for batches have thousands.
+
+    A processor whose 8-bit products saturate gets the precise kernels.
+    """
     monkeypatch.setattr(runtime, "has_exact_int8", lambda: exact)
     ort = fake(["CPUExecutionProvider"])
     session = Session(GRAPH, "cpu")
     assert ort.asked == [str(GRAPH), ["CPUExecutionProvider"]]
     assert ort.entries == entries
     assert (ort.options.intra_op_num_threads, ort.options.inter_op_num_threads) == (1, 1)
+    assert ort.options.enable_mem_pattern is False
     assert (session.device, session.provider) == ("cpu", "CPUExecutionProvider")
 
 
