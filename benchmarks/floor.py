@@ -480,8 +480,9 @@ def section(result: Mapping[str, Any]) -> str:
     """The result in Markdown."""
     share, alone, todo = result["share"], result["session_share"], result["work"]
     cpu = statistics.median(one["medner_cpu_seconds"] for one in result["rounds"])
+    variant = result["benchmark"].partition("-")[2]
     lines = [
-        "## Matrix-product floor",
+        "## Matrix-product floor" + (f", {variant}" if variant else ""),
         "",
         f"{result['bundle']} in int8, {result['notes']} notes without reuse: {todo['windows']:,} windows, "
         f"{todo['tokens']:,} tokens ({100 * todo['padded'] / todo['tokens'] - 100:.1f} % padding), "
@@ -545,7 +546,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, write ``results/floor.json``, print."""
+    """Measure, write ``results/floor.json``, or that of another machine beside it, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", default="default", help="directory or name of a bundle with an int8 variant")
     parser.add_argument("--notes", type=Path, default=patients.ACI_BENCH, help="notes with a field text")
@@ -553,9 +554,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs=2, default=SIZES, help="copies of the corpus")
     parser.add_argument("--threads", type=int, default=runtime.available_cpus())
+    parser.add_argument("--on", default="", help="kind of machine, where it has a result of its own, such as avx2")
     given = parser.parse_args()
     texts = common.every_kth(patients.read_texts(given.notes), given.limit)
-    path = common.write("floor", measure(given.bundle, texts, given.rounds, given.sizes, given.threads))
+    name = f"floor-{given.on}" if given.on else "floor"
+    path = common.write(name, measure(given.bundle, texts, given.rounds, given.sizes, given.threads))
     print(section(json.loads(path.read_text(encoding="utf-8"))))
 
 

@@ -344,7 +344,7 @@ def check_processor(features: str, *, exact: bool) -> Finding:
     return Finding(
         "processor",
         "note",
-        f"{features}: no AVX-512 VNNI, so int8 takes exact kernels that are about 20 % slower",
+        f"{features}: no VNNI, so int8 takes exact kernels, about 1.3 times as fast as fp32 instead of 2.5 times",
         "spans are right here, too; a processor with VNNI is faster",
     )
 

@@ -232,6 +232,7 @@ def floor_result() -> dict[str, Any]:
         "medner_cpu_seconds": 40.0,
     }
     return MACHINE | {
+        "benchmark": "floor",
         "bundle": "abc",
         "notes": 207,
         "threads": 2,
@@ -346,7 +347,8 @@ def test_a_small_run_of_the_floor(monkeypatch: pytest.MonkeyPatch, small_bert: P
     ]
     # On a CPU windows are not padded.
     assert result["work"]["tokens"] == result["work"]["padded"] > 0
-    assert floor.section(MACHINE | result).startswith("## Matrix-product floor")
+    assert floor.section(MACHINE | result | {"benchmark": "floor"}).startswith("## Matrix-product floor\n")
+    assert floor.section(MACHINE | result | {"benchmark": "floor-avx2"}).startswith("## Matrix-product floor, avx2\n")
     floor.plot(result, tmp_path / "floor.png")
     assert (tmp_path / "floor.png").stat().st_size > 0
 
