@@ -83,9 +83,11 @@ def to_int8(source: Path, target: Path, samples: Sequence[Ints] = (), static_bit
     tables, products = _word_embeddings(graph), _constant_products(graph)
     if not products or not tables:
         raise ModelError(f"{len(products)} matrix products and {len(tables)} embedding tables to quantize")
-    balanced = balance(graph, products, blocks, samples) if samples else 0
-    graph = Graph(model)
-    tables, products = _word_embeddings(graph), _constant_products(graph)
+    balanced = 0
+    if samples:
+        balanced = balance(graph, products, blocks, samples)
+        graph = Graph(model)
+        tables, products = _word_embeddings(graph), _constant_products(graph)
     activations = _activations(graph, products, samples, static_bits)
     for table in tables:
         _quantize_table(graph, table)
@@ -415,6 +417,11 @@ def _quantize_product(
         name = output
         values = np.concatenate([values, values[:, after.channels]], axis=1)
         scale, added = (np.concatenate([each, each[after.channels]]) for each in (scale, added))
+    weight_zero = np.array(0, np.int8)
+    if name == weight and len(graph.users[weight]) > 1:
+        # onnxruntime's precision option for old processors writes int8 weights anew as uint8, and fails at the second
+        # product of a matrix; those that are uint8 it leaves alone.
+        values, weight_zero = (values.astype(np.int16) + 128).astype(np.uint8), np.array(128, np.uint8)
     inputs = [
         f"{activation.name}.rows",
         graph.constant(f"{name}.int8", values),
@@ -423,7 +430,7 @@ def _quantize_product(
         # Zero points of its own: onnxruntime's precision option for old processors rewrites them node by node. Where
         # the weights have none, onnxruntime 1.23 ends the process, or leaves the weights to saturate.
         graph.constant(f"{output}.zero_point", np.array(activation.zero_point, np.uint8)),
-        graph.constant(f"{output}.weight_zero_point", np.array(0, np.int8)),
+        graph.constant(f"{output}.weight_zero_point", weight_zero),
     ]
     if row_scale is None:
         if bias is not None:
