@@ -179,7 +179,7 @@ def _locate(model: str) -> tuple[Path, str]:
         return shipped, model
     if path.exists():
         raise ModelError(f"{model}: a model is a directory with config.json, tokenizer.json and an ONNX graph")
-    if _HUB_NAME.fullmatch(model):
+    if _HUB_NAME.fullmatch(model) and not os.path.isdir(os.path.dirname(model)):  # noqa: PTH112, PTH120
         return _from_hub(model), model
     raise ModelError(f"{model}: no such model directory; shipped with medner: {', '.join(_shipped_names()) or 'none'}")
 
@@ -375,7 +375,7 @@ def positions(config: Mapping[str, Any]) -> int | None:
     if not limit:
         return None
     # These number positions from pad_token_id + 1.
-    from_padding = config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "longformer")
+    from_padding = config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")
     return int(limit) - (int(config.get("pad_token_id", 1)) + 1 if from_padding else 0)
 
 

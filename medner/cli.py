@@ -120,8 +120,8 @@ def cli() -> None:
     help="Variant of the bundle; auto is int8 on a CPU and fp16 on a GPU where the bundle has them.",
 )
 @click.option("--window", type=click.IntRange(min=8), help="Tokens of a window.  [default: the bundle's]")
-@click.option("--threads", type=click.IntRange(min=1), help="Inference threads.  [default: the CPUs there are]")
-@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens of one inference call.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="Inference threads.  [default: the CPUs there are]")
+@click.option("--batch-tokens", type=click.IntRange(1, 2**31 - 1), help="Tokens of one inference call.")
 @click.option("--part-rows", type=click.IntRange(1, 2**31 - 1), default=5000, show_default=True, help="Rows of a part.")
 @click.option("--min-score", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Drop spans below it.")
 @click.option("--limit", type=click.IntRange(0, 2**63 - 1), help="Read at most this many rows.")
@@ -313,6 +313,8 @@ def evaluate(
     from medner import evaluate as evaluation
     from medner.annotate import Options
 
+    if target is not None and not os.path.isdir(target.parent):  # noqa: PTH112 - Path.is_dir may raise
+        raise OutputError(f"{target}: no such directory; create it first")
     documents = datasets.load(data, split, labels)
     annotator = evaluation.open_model(model, Options(**given))
     scores = evaluation.evaluate(annotator, evaluation.hard_wrapped(documents, wrap) if wrap else documents)

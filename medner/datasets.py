@@ -35,6 +35,9 @@ _TITLE_OR_ABSTRACT = re.compile(r"([^|\t]+)\|([ta])\|(.*)", re.DOTALL)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SINGLE = frozenset("ESLU")
 _PREFIXES = frozenset("BIESLU")
+_INSIDE = re.compile("[A-Za-z0-9]{2}")
+#: Characters of a label, with whose prefix a bundle names its classes.
+_MAX_LABEL = 198
 
 _log = logging.getLogger(__name__)
 
@@ -80,12 +83,19 @@ def load(data: str | Path, split: str, labels: Mapping[str, str] | None = None) 
         raise InputError(f"{data}: no such file or directory")
     if not documents:
         raise InputError(f"{data}: the {split} split holds no document")
-    documents = _without_overlaps(documents, data)
-    if labels:
+    if labels:  # first, for what is left out must not take the place of what it overlaps
         documents = _rename(documents, lambda label: labels.get(label, labels.get("*", label)))
+    if any(not label.isprintable() or not 0 < len(label) <= _MAX_LABEL for label in labels_of(documents)):
+        raise InputError(f"{data}: a label is no printable text of 1 to {_MAX_LABEL} characters; rename it in the data")
+    documents = _without_overlaps(documents, data)
     n_spans, crossing = sum(len(d.spans) for d in documents), sum(map(_crossing, documents))
     if crossing:
         _log.warning("%s: %d of %d spans cross a segment's end, where none can be found", data, crossing, n_spans)
+    if ragged := sum(map(_ragged, documents)):
+        _log.warning(
+            "%s: %d of %d spans begin or end in white space or inside a word; what is found are whole words",
+            data, ragged, n_spans,
+        )  # fmt: skip
     _log.info("%s: %d documents, %d spans in %s", data, len(documents), n_spans, split)
     return documents
 
@@ -94,6 +104,17 @@ def _crossing(document: Document) -> int:
     """How many spans reach over a segment's end."""
     bounds = windows.all_segments(document.text) if document.spans else []
     return sum(bisect_right(bounds, start) < bisect_left(bounds, end) for start, end, _ in document.spans)
+
+
+def _ragged(document: Document) -> int:
+    """How many spans begin or end in white space, or between two letters or digits of a word."""
+    text = document.text
+    return sum(
+        text[start].isspace()
+        or text[end - 1].isspace()
+        or any(_INSIDE.fullmatch(text[edge - 1 : edge + 1]) is not None for edge in (start, end) if edge)
+        for start, end, _ in document.spans
+    )
 
 
 def relabel(documents: Iterable[Document], label: str) -> list[Document]:
@@ -216,8 +237,12 @@ def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
     styles: set[bool] = set()
     count, outside = 0, False
     for number, line in enumerate([*lines, ""], start=1):
+        if "\r" in line:
+            raise InputError(f"{path}:{number}: a carriage return inside a line; end lines with a line feed")
         if line.strip() and not line.startswith("-DOCSTART-"):
-            fields = line.split("\t") if "\t" in line else line.split()
+            fields = (
+                line.split("\t") if "\t" in line else [field for part in line.split(" ") if (field := part.strip())]
+            )
             if len(fields) < 2 or not fields[0]:
                 raise InputError(f"{path}:{number}: expected a token and a tag, between them a tab or a space")
             tokens.append(fields[0])
@@ -324,7 +349,9 @@ def _json_span(span: object, text: str, place: str) -> Span:
 
 
 def _looks_like_hub_name(data: str) -> bool:
-    return bool(_HUB_NAME.fullmatch(data)) and Path(data).suffix.lower() not in _SUFFIXES
+    """Whether it is one, and no path with an error in it: what lies in a directory that is here stays here."""
+    is_path = Path(data).suffix.lower() in _SUFFIXES or os.path.isdir(os.path.dirname(data))  # noqa: PTH112, PTH120
+    return bool(_HUB_NAME.fullmatch(data)) and not is_path
 
 
 def _load_hub(name: str, split: str) -> Iterator[Document]:

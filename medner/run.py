@@ -362,7 +362,7 @@ class _Progress:
         self._total = sum(file.size() or 0 for file in files) if enabled else 0
         if enabled and sys.stderr is not None and sys.stderr.isatty():
             form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}" if self._total else "{elapsed}{postfix}"
-            self._bar = tqdm(total=self._total or None, bar_format=form, leave=False)
+            self._bar = tqdm(total=self._total or None, bar_format=form, leave=False, miniters=0)
 
     def update(self, tally: Tally, bytes_read: int) -> None:
         if not self._enabled:

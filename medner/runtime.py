@@ -303,7 +303,21 @@ def _open(ort: Any, graph: Path, providers: list[Any], entries: Mapping[str, str
     try:
         return ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as exc:  # onnxruntime raises RuntimeError and a family of private classes
+        if entries and _opens(ort, graph, providers):
+            raise ModelError(
+                f"{graph}: onnxruntime cannot make its 8-bit products exact for a processor without VNNI; "
+                "use another precision, or quantize the model again with weights of the type QUInt8"
+            ) from exc
         raise ModelError(f"{graph}: onnxruntime cannot load it: {_reason(exc)}") from exc
+
+
+def _opens(ort: Any, graph: Path, providers: list[Any]) -> bool:
+    """Whether a graph can be opened without entries, by which its 8-bit products may saturate."""
+    try:
+        _open(ort, graph, providers, {})
+    except ModelError:
+        return False
+    return True
 
 
 def _session_options(ort: Any, entries: Mapping[str, str]) -> Any:

@@ -165,10 +165,20 @@ def json_lines(table: pa.Table) -> Iterator[bytes]:
         if name in ("score", "spans"):
             table = table.set_column(index, name, _short_floats(column.combine_chunks()))
         elif (printed := _printed(column.type)) != column.type:
-            table = table.set_column(index, name, column.cast(printed))
+            table = table.set_column(index, name, _cast(column, printed))
     for batch in table.to_batches(max_chunksize=1024):
         for row in batch.to_pylist():
             yield orjson.dumps(row, default=str) + b"\n"
+
+
+def _cast(column: pa.ChunkedArray, printed: pa.DataType) -> pa.ChunkedArray:
+    """The column as strings; of times in a zone that this system does not know, those of UTC."""
+    try:
+        return column.cast(printed)
+    except pa.ArrowInvalid:
+        if not pa.types.is_timestamp(column.type):
+            raise
+        return column.cast(pa.int64()).cast(pa.timestamp(column.type.unit, "UTC")).cast(printed)
 
 
 def _printed(kind: pa.DataType) -> pa.DataType:

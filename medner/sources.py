@@ -87,6 +87,7 @@ class Reason(StrEnum):
     LONE_SURROGATES = "lone surrogates"
     WIDTH = "wrong number of fields"
     OPEN_QUOTE = "a quote is not closed"
+    STRAY_QUOTE = "text follows a closed quote"
     ID_RANGE = "id is beyond 64 bits"
     ID_TYPE = "id is not a string or number"
     TOO_LARGE = "note is too large"
@@ -496,11 +497,15 @@ def texts(given: str) -> Iterator[str]:
     does.
     """
     name, column = given, "text"
-    if not Path(given).expanduser().exists() and ":" in given:
+    # Not Path.expanduser, which raises where there is no such user.
+    if not os.path.exists(os.path.expanduser(given)) and ":" in given:  # noqa: PTH110, PTH111
         name, _, column = given.rpartition(":")
     empty = True
     try:
-        reader = Reader(discover([str(Path(name).expanduser())]).files, ReadOptions(text_column=column))
+        reader = Reader(
+            discover([os.path.expanduser(name)]).files,  # noqa: PTH111
+            ReadOptions(text_column=column),
+        )
         for batch in reader.batches():
             for text in filter(None, batch.column("text").to_pylist()):
                 empty = False
@@ -711,7 +716,7 @@ def _kept_fields(files: Sequence[InputFile], options: ReadOptions) -> list[pa.Fi
                 continue  # it can be read only once; its header is checked then
             with _translated(file), _Raw(file, None) as raw:
                 lines = _CsvLines(file, _decoded(file, raw, options.encoding), options)
-                _csv_header(file, lines, csv.reader(lines, delimiter=_delimiter(file, options)), options)
+                _csv_header(file, lines, _csv_reader(file, lines, options), options)
         elif file.kind == "text":
             named = [options.id_column] if options.id_column is not None else []
             if absent := [*named, *options.keep]:
@@ -917,23 +922,45 @@ class _CsvLines:
 
 def _csv_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions) -> Iterator[_Record]:
     lines = _CsvLines(file, text, options)
-    reader = csv.reader(lines, delimiter=_delimiter(file, options))
+    reader = _csv_reader(file, lines, options)
     width, column, id_column, keep = _csv_header(file, lines, reader, options)
     nothing: _Kept = (None,) * len(keep)
     lines.held = 0
-    for fields in reader:
+    for fields in _csv_fields(reader):
         lines.held = 0
-        if not fields:
+        if fields is not None and not fields:
             continue
         lines.row += 1
-        if lines.open:
-            yield None, None, Reason.OPEN_QUOTE, nothing
+        if fields is None:
+            yield None, None, Reason.OPEN_QUOTE if lines.open else Reason.STRAY_QUOTE, nothing
         elif len(fields) != width:
             yield None, None, Reason.WIDTH, nothing
         else:
             note_id, reason = (None, None) if id_column is None else _read_id(fields[id_column])
             kept = tuple(_SURROGATE.sub("\ufffd", fields[index]) for index in keep) if keep else ()
             yield note_id, None if reason else fields[column], reason, kept
+
+
+def _csv_reader(file: InputFile, lines: _CsvLines, options: ReadOptions) -> Iterator[list[str]]:
+    # Not lenient: what follows a closed quote would join the field, often with the notes below it.
+    return csv.reader(lines, delimiter=_delimiter(file, options), strict=True)
+
+
+def _csv_fields(reader: Iterator[list[str]]) -> Iterator[list[str] | None]:
+    """The fields of each record; None where its quotes cannot be read, after which the next line begins a record."""
+    while True:
+        try:
+            fields = next(reader, _END)
+        except csv.Error:
+            yield None
+        else:
+            if fields is _END:
+                return
+            yield fields
+
+
+#: What the reader of an exhausted file gives.
+_END: list[str] = []
 
 
 def _csv_header(
@@ -943,9 +970,11 @@ def _csv_header(
 
     Messages do not list the columns found: in a file without a header they are a note.
     """
-    header = next(filter(None, reader), [])
-    if header and lines.open:
-        raise InputError(f"{file}: a quote in its header is not closed; write the file again")
+    try:
+        header = next(filter(None, reader), [])
+    except csv.Error as exc:
+        wrong = "is not closed" if lines.open else "stands inside a field"
+        raise InputError(f"{file}: a quote in its header {wrong}; write the file again") from exc
     id_column = _check_names(file, header, options, "")
     return (
         len(header),

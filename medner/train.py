@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import sys
@@ -187,7 +188,7 @@ def train(options: TrainOptions) -> TrainResult:
     encoded = {split: encode(documents, encoder, tags, options.window) for split, documents in data.items()}
     if not encoded["devel"].inputs:
         raise InputError(f"{', '.join(options.data)}: the devel split holds no word")
-    last = _claim(options, precision, data)
+    last = _claim(options, precision, data, tokenizer)
     samples = encode([Document("sample", text, ()) for text in SAMPLES], encoder, tags, options.window)
     weights = class_weights(encoded["train"], len(tags), shares) if options.class_weights else None
     if options.teachers:
@@ -197,6 +198,12 @@ def train(options: TrainOptions) -> TrainResult:
     untrained = _scores_of(trainer.evaluate())
     before = _find(trainer, samples, encoder.pad_id, tags)
     trained = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if not all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters()):
+        raise UsageError(
+            f"lr {options.lr}: the training diverged, its weights are no numbers; use a lower learning rate"
+        )
+    # Of a training that goes on, the Trainer counts the windows before, too, but not their time.
+    share = 1 - (int(last.name.rpartition("-")[2]) / trainer.state.max_steps if last else 0)
     epochs = _epochs(trainer.state.log_history)
     best = max(epochs, key=lambda epoch: epoch.f1)
     averaged = _try_average(trainer, options, best) if options.average > 1 else None
@@ -210,12 +217,13 @@ def train(options: TrainOptions) -> TrainResult:
         untrained=untrained,
         samples=tuple(zip(SAMPLES, before, after, strict=True)),
         seconds=time.monotonic() - started,
-        windows_per_second=trained.metrics["train_samples_per_second"],
+        windows_per_second=share * trained.metrics["train_samples_per_second"],
     )
     trainer.model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     _draw(result, options.output / "learning_curve.png")
-    _write_json(options.output / "metrics.json", _metrics(options, precision, tags, data, encoded, weights, result))
+    if share or not (options.output / "metrics.json").exists():  # or else the times of what was trained stand there
+        _write_json(options.output / "metrics.json", _metrics(options, precision, tags, data, encoded, weights, result))
     return result
 
 
@@ -411,7 +419,7 @@ def _prepare(
     index, transformers' tokenizer and ours.
     """
     for name in options.data:
-        if Path(name).expanduser().is_file():
+        if _expanded(name).is_file():
             raise InputError(
                 f"{name}: one file would be learnt from and scored on alike; name a directory with a file for each\n"
                 "split, such as train.jsonl and devel.jsonl, or pass it as --silver beside one"
@@ -445,10 +453,15 @@ def _prepare(
     return data, shares, tags, tokenizer, encoder
 
 
+def _expanded(name: str) -> Path:
+    """The path with its user's home directory; without it where there is no such user."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises
+
+
 @contextmanager
 def _base_errors(base: str) -> Any:
     """Silence the loader's advice about the new head, and turn its errors into one line."""
-    if Path(base).expanduser().exists() and not (Path(base).expanduser() / "config.json").is_file():
+    if _expanded(base).exists() and not (_expanded(base) / "config.json").is_file():
         raise ModelError(f"{base}: no config.json in it; name the directory of a checkpoint")
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -472,7 +485,7 @@ def load_tokenizer(base: str) -> Any:
     (github.com/EmilyAlsentzer/clinicalBERT/issues/26); there the case is kept, and standard error says so. Raises
     :class:`ModelError`.
     """
-    path = str(Path(base).expanduser())
+    path = str(_expanded(base))
     load = partial(AutoTokenizer.from_pretrained, path, use_fast=True, trust_remote_code=False)
     with _base_errors(base):
         tokenizer = load()
@@ -500,9 +513,11 @@ def _loses_capitals(tokenizer: Any) -> bool:
 
 def _load_model(base: str, tags: Sequence[str]) -> Any:
     with _base_errors(base):
-        path = str(Path(base).expanduser())
+        path = str(_expanded(base))
         config = AutoConfig.from_pretrained(
             path,
+            output_hidden_states=False,  # a base may ask for them; the Trainer takes each output for logits
+            output_attentions=False,
             num_labels=len(tags),
             id2label=dict(enumerate(tags)),
             label2id={tag: i for i, tag in enumerate(tags)},
@@ -526,13 +541,17 @@ def _check_window(window: int, config: Any, tokenizer: Any) -> None:
         raise UsageError(f"window {window}: this model takes {least} to {limit} tokens")
 
 
-def _claim(options: TrainOptions, precision: str, data: Mapping[str, Sequence[Document]]) -> Path | None:
+def _claim(
+    options: TrainOptions, precision: str, data: Mapping[str, Sequence[Document]], tokenizer: Any
+) -> Path | None:
     """Make the output directory or check that it holds this training; its last whole checkpoint if there is one."""
     wanted = {
         **_plain_options(options),
         "precision": precision,
         "versions": _versions(),
         **{f"sha256 of {split}": _digest(documents) for split, documents in data.items()},
+        "sha256 of the tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        **{f"sha256 of {teacher}": _digest_of_files(_expanded(teacher)) for teacher in options.teachers},
     }
     note = options.output / "checkpoints" / "options.json"
     try:
@@ -563,6 +582,15 @@ def _digest(documents: Iterable[Document]) -> str:
     digest = hashlib.sha256()
     for document in documents:
         digest.update(json.dumps([document.text, document.spans]).encode("ascii"))
+    return digest.hexdigest()
+
+
+def _digest_of_files(checkpoint: Path) -> str:
+    """SHA-256 of the settings and weights in a directory; of nothing for a hub name."""
+    digest = hashlib.sha256()
+    for pattern in ("config.json", "*.safetensors", "*.bin"):
+        for path in sorted(checkpoint.glob(pattern)):
+            digest.update(bundle.sha256_of(path).encode("ascii"))
     return digest.hexdigest()
 
 
@@ -784,16 +812,22 @@ def _teach(
 def _check_teacher(teacher: str, options: TrainOptions, tags: Sequence[str], tokenizer: Any) -> None:
     """Raise :class:`ModelError` for other tokens or tags than the data's, :class:`UsageError` for the window."""
     own, config = load_tokenizer(teacher), _load_config(teacher)
-    if own.get_vocab() != tokenizer.get_vocab():
+    if own.get_vocab() != tokenizer.get_vocab() or _rules(own) != _rules(tokenizer):
         raise ModelError(f"{teacher}: has another tokenizer than {options.base}; a teacher needs the same")
     if sorted(_tags_of(config)) != sorted(tags):
         raise ModelError(f"{teacher}: knows the tags {', '.join(_tags_of(config))}, and the data {', '.join(tags)}")
     _check_window(options.window, config, own)
 
 
+def _rules(tokenizer: Any) -> list[Any]:
+    """How a tokenizer changes and cuts text before it looks up words."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [parts["normalizer"], parts["pre_tokenizer"]]
+
+
 def _load_config(checkpoint: str) -> Any:
     with _base_errors(checkpoint):
-        return AutoConfig.from_pretrained(str(Path(checkpoint).expanduser()), trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(_expanded(checkpoint)), trust_remote_code=False)
 
 
 def _tags_of(config: Any) -> list[str]:
@@ -805,7 +839,7 @@ def _probabilities(checkpoint: str, encoded: Encoded, pad_id: int, precision: st
     from medner.pytorch import TorchModel  # here, since it is no part of what training needs otherwise
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = TorchModel(Path(checkpoint).expanduser(), precision, device)
+    model = TorchModel(_expanded(checkpoint), precision, device)
     found: list[Any] = [None] * len(encoded.inputs)
     lengths = [len(item["input_ids"]) for item in encoded.inputs]
     batches = list(windows.batches(lengths, _TAUGHT_TOKENS))
@@ -882,13 +916,19 @@ def _decode(encoded: Encoded, predicted: Iterable[npt.NDArray[Any]], tags: Seque
     ]
 
 
+#: For gold mentions, which a segment's end does not cut in two.
+_ONE_SEGMENT = np.zeros(1, dtype=np.int64)
+
+
 def _strict(encoded: Encoded, predicted: Iterable[npt.NDArray[Any]], tags: Sequence[str]) -> dict[str, float]:
     """Strict micro precision, recall and F1 by seqeval, on the data set's own tokens, else on words."""
     gold, found = [], []
     for document, words, spans in zip(encoded.documents, encoded.words, _decode(encoded, predicted, tags), strict=True):
         if document.tokens is None:
             document = replace(document, tokens=tuple((a, b) for a, b in words.tolist()))
-        gold.append(tags_of(document, document.spans))
+            gold.append(_word_tags(words, document.spans, _ONE_SEGMENT))  # as they are taught
+        else:
+            gold.append(tags_of(document, document.spans))
         found.append(tags_of(document, spans))
     precision, recall, f1, _ = precision_recall_fscore_support(
         gold, found, average="micro", scheme=IOB2, zero_division=0

@@ -275,15 +275,29 @@ def id_of(value: object) -> tuple[str | None, Reason | None]:
     return (None, None) if value is None or value == "" else (str(value), None)
 
 
+def _csv_lists(reader: Iterator[list[str]]) -> list[list[str] | None]:
+    """Records that are not empty; None for one with text behind a closed quote."""
+    records: list[list[str] | None] = []
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return records
+        except csv.Error:
+            records.append(None)
+        else:
+            records += [fields] if fields else []
+
+
 def csv_truth(text: str, delimiter: str, options: ReadOptions) -> Truth:
     """What is to be read from the text of a CSV file."""
     # A last line that cannot be mistaken for anything else becomes a record of its own unless a quote is open.
     end = "fuzz\u2603end"
-    records = [r for r in csv.reader(io.StringIO(f"{text}\r\n{end}", newline=""), delimiter=delimiter) if r]
+    records = _csv_lists(csv.reader(io.StringIO(f"{text}\r\n{end}", newline=""), delimiter=delimiter, strict=True))
     is_open = records[-1] != [end]
     if not is_open:
         del records[-1]
-    header = records[0] if records else []
+    header = (records[0] or []) if records else []
     id_column = options.id_column or "note_id"
     named = [options.text_column, *options.keep, *([id_column] if options.id_column is not None else [])]
     if any(name not in header for name in named) or any(header.count(name) > 1 for name in [*named, id_column]):
@@ -294,6 +308,8 @@ def csv_truth(text: str, delimiter: str, options: ReadOptions) -> Truth:
     for number, fields in enumerate(records[1:], 2):
         if is_open and number == len(records):
             rows.append(Row(reasons=_reasons(OPEN_QUOTE=True)))
+        elif fields is None:
+            rows.append(Row(reasons=_reasons(STRAY_QUOTE=True)))
         elif len(fields) != len(header):
             rows.append(Row(reasons=_reasons(WIDTH=True)))
         else:

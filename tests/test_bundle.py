@@ -394,6 +394,13 @@ def test_hub_models(foreign: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_a_path_below_a_directory_is_no_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped bundle in a directory that is here is not asked for elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert refusal("runs/bundel").startswith("runs/bundel: no such model directory; shipped with medner: ")
+
+
 def test_description_for_a_person(tiny_parts: dict[str, bytes]) -> None:
     """Name, labels, window, variants with size and hash, and licence."""
     graph = tiny_parts["onnx/model.onnx"]
@@ -414,6 +421,7 @@ def test_description_for_a_person(tiny_parts: dict[str, bytes]) -> None:
         ({"max_position_embeddings": 130}, 130),
         ({"max_position_embeddings": 130, "model_type": "roberta"}, 128),
         ({"max_position_embeddings": 130, "model_type": "camembert", "pad_token_id": 0}, 129),
+        ({"max_position_embeddings": 514, "model_type": "mpnet", "pad_token_id": 1}, 512),
         ({"max_position_embeddings": None, "model_type": "roberta"}, None),
         ({}, None),
     ],

@@ -121,11 +121,43 @@ def test_pubtator(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+def test_a_label_that_is_dropped_takes_no_place(tmp_path: Path) -> None:
+    """What lies inside a span of it stays."""
+    record = {"text": "breast cancer vaccine", "spans": [[0, 21, "Treatment"], [0, 13, "Disease"]]}
+    path = str(write(tmp_path / "x.jsonl", json.dumps(record)))
+    assert load(path, "test", {"Treatment": "O"})[0].spans == ((0, 13, "Disease"),)
+    assert load(path, "test")[0].spans == ((0, 21, "Treatment"),)
+
+
+@pytest.mark.parametrize("label", ["a\nb", "a" * 199, "\ud800"])
+def test_labels_that_no_bundle_can_have(tmp_path: Path, label: str) -> None:
+    """They are refused before anything is learnt."""
+    path = write(tmp_path / "x.jsonl", json.dumps({"text": "gout", "spans": [[0, 4, label]]}))
+    with pytest.raises(InputError) as error:
+        load(str(path), "test")
+    assert str(error.value) == (f"{path}: a label is no printable text of 1 to 198 characters; rename it in the data")
+
+
+def test_spans_whose_edges_no_word_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Counted and told: white space at an edge, and edges inside words; hyphens, other scripts and ends are none."""
+    text = "x-linked gout, 熱中症 and asthma"
+    spans = [[9, 13, "A"], [2, 8, "A"], [15, 17, "A"], [23, len(text), "A"], [18, 22, "A"]]
+    path = write(tmp_path / "x.jsonl", json.dumps({"text": text, "spans": spans}))
+    inside = write(tmp_path / "y.jsonl", json.dumps({"text": text, "spans": [[10, 13, "A"], [23, 25, "A"]]}))
+    with caplog.at_level(logging.WARNING):
+        load(str(path), "test")
+        load(str(inside), "test")
+    assert caplog.messages == [
+        f"{path}: 1 of 5 spans begin or end in white space or inside a word; what is found are whole words",
+        f"{inside}: 2 of 2 spans begin or end in white space or inside a word; what is found are whole words",
+    ]
+
+
 def test_spans_that_cross_segments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Counted and told, since no span that is found can; one that touches a segment's end is none of them."""
     text = "Known asthma. Gout in the left\nfoot.\n\nNo fever."
     assert windows.all_segments(text) == [0, 13, 36, len(text)]
-    spans = [[6, 13, "A"], [14, 36, "A"], [32, 47, "A"]]
+    spans = [[6, 13, "A"], [14, 36, "A"], [31, len(text) - 1, "A"]]
     path = write(tmp_path / "x.jsonl", json.dumps({"text": text, "spans": [spans[0], spans[2]]}))
     inside = write(tmp_path / "y.jsonl", json.dumps({"text": text, "spans": spans[:2]}))
     with caplog.at_level(logging.WARNING):
@@ -209,6 +241,16 @@ def test_prefixes_with_an_underscore(tmp_path: Path) -> None:
     assert [document.spans for document in load(str(path), "train")] == [((3, 13, "Sign"),)]
 
 
+def test_conll_spaces_and_carriage_returns(tmp_path: Path) -> None:
+    """A space that does not break keeps a token together; bare carriage returns are no line ends."""
+    path = write(tmp_path / "a.conll", "10\xa0mg  O\ngout B-X\n")
+    assert load(str(path), "test")[0].text == "10\xa0mg gout"
+    path = write(tmp_path / "b.conll", "a\tO\rb\tB-X\r")
+    with pytest.raises(InputError) as error:
+        load(str(path), "test")
+    assert str(error.value) == f"{path}:1: a carriage return inside a line; end lines with a line feed"
+
+
 def test_invalid_utf8_is_named(tmp_path: Path) -> None:
     """Bytes that are no UTF-8 are refused with their line."""
     path = tmp_path / "x.tsv"
@@ -224,6 +266,14 @@ def test_missing_files_are_no_hub_names(data: str) -> None:
     with pytest.raises(InputError) as error:
         load(data, "train")
     assert str(error.value) == f"{data}: no such file or directory"
+
+
+def test_a_path_below_a_directory_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped file of a directory that is here is not asked for elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(InputError, match=r"^data/nothing: no such file or directory$"):
+        load("data/nothing", "train")
 
 
 def test_spans_of_tokens_survive_empty_tokens() -> None:

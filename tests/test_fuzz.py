@@ -279,7 +279,7 @@ def corpus(folder: Path) -> None:
     ]
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:5])) + gzip.compress(b"".join(lines[5:])))
     (folder / "b.csv").write_bytes(
-        b'\xef\xbb\xbfnote_id,text\r\n1,fever\n2,"no\rasthma\r\n"\r3\n\n4,f\xe9ver\n5,"fever\n6,asthma\n'
+        b'\xef\xbb\xbfnote_id,text\r\n1,fever\n2,"no\rasthma\r\n"\r3\n\n4,f\xe9ver\n8,"fever" asthma\n5,"fever\n6,asthma\n'
     )
     (folder / "deep/c.tsv.bz2").write_bytes(bz2.compress(b"text\tnote_id\n\ttsv\n"))
     table = {"note_id": [2**63 - 1, None, 0], "text": ["Type 2 diabetes\r\n", None, ""]}
@@ -305,7 +305,8 @@ CORPUS: list[tuple[str, int, str, str | None, list[str]]] = [
     ("b.csv", 1, "2", None, ["asthma"]),
     ("b.csv", 2, "b.csv:2", "wrong number of fields", []),
     ("b.csv", 3, "4", "undecodable bytes", []),
-    ("b.csv", 4, "b.csv:4", "a quote is not closed", []),
+    ("b.csv", 4, "b.csv:4", "text follows a closed quote", []),
+    ("b.csv", 5, "b.csv:5", "a quote is not closed", []),
     ("deep/c.tsv.bz2", 0, "tsv", None, []),
     ("deep/d.parquet", 0, "9223372036854775807", None, ["Type 2 diabetes"]),
     ("deep/d.parquet", 1, "deep/d.parquet:1", "text is null", []),

@@ -107,6 +107,32 @@ def test_a_missing_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_a_graph_whose_products_cannot_be_made_exact(
+    fake: Callable[..., FakeOrt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only the exact kernels are in the way, the message says so; what does not load at all is another matter."""
+    monkeypatch.setattr(runtime, "has_exact_int8", lambda: False)
+    ort = fake(["CPUExecutionProvider"])
+    load, hopeless = ort.InferenceSession, False
+
+    def refuse(*given: Any, **named: Any) -> Any:
+        if ort.entries or hopeless:
+            ort.entries = {}
+            raise RuntimeError("Attempt to replace the existing tensor")
+        return load(*given, **named)
+
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    with pytest.raises(ModelError) as failure:
+        Session(GRAPH, "cpu")
+    assert str(failure.value) == (
+        f"{GRAPH}: onnxruntime cannot make its 8-bit products exact for a processor without VNNI; "
+        "use another precision, or quantize the model again with weights of the type QUInt8"
+    )
+    hopeless = True
+    with pytest.raises(ModelError, match="onnxruntime cannot load it: Attempt to replace"):
+        Session(GRAPH, "cpu")
+
+
 def test_several_devices_for_one_session() -> None:
     """A session has one device."""
     for call in (resolve_device, lambda device: Session(GRAPH, device)):

@@ -224,6 +224,15 @@ def test_json_lines_of_kept_columns() -> None:
     ]  # fmt: skip
 
 
+def test_json_lines_of_times_in_an_unknown_zone() -> None:
+    """They are written as those of UTC, which is how they are stored."""
+    times = pa.array([10**15, None], pa.timestamp("us", tz="Foo/Bar"))
+    assert [orjson.loads(line) for line in sinks.json_lines(pa.table({"when": times}))] == [
+        {"when": "2001-09-09 01:46:40.000000Z"},
+        {"when": None},
+    ]
+
+
 def test_a_column_kept_twice_is_refused() -> None:
     """A table has no two columns of one name."""
     with pytest.raises(UsageError, match=r"^a column was kept twice; name each --keep once$"):

@@ -610,6 +610,22 @@ def test_csv_open_quote(tmp_path: Path) -> None:
     assert brief(read(last)) == [("1", "a"), ("2", "b")]
 
 
+def test_csv_stray_quote(tmp_path: Path) -> None:
+    """Text behind a closed quote rejects the record; it does not join it, nor the notes in between, to one note."""
+    path = write(tmp_path / "n.tsv", 'note_id\ttext\n1\ta\n2\t"b" c\n3\t"d\n4\te\n5\t"f" g\n6\th "i" j\n7\t"k ""l"""\n')
+    assert brief(read(path)) == [
+        ("1", "a"),
+        ("n.tsv:1", "text follows a closed quote"),
+        ("n.tsv:2", "text follows a closed quote"),
+        ("6", 'h "i" j'),
+        ("7", 'k "l"'),
+    ]
+    header = write(tmp_path / "header.csv", '"text"s\na\n')
+    assert refused(InputError, lambda: reader(header)) == (
+        f"{header}: a quote in its header stands inside a field; write the file again"
+    )
+
+
 @pytest.mark.parametrize("data", ['note_id,text,"ward\n1,a,x\n2,b,y\n', '"text\na\nb', '\n\n"text\n'])
 def test_csv_open_quote_in_the_header(tmp_path: Path, data: str) -> None:
     """A header that goes on to the end of the file would leave no notes, so it is an error."""

@@ -229,7 +229,9 @@ def test_a_resumed_training_ends_as_one_that_was_not_cut_off(
     expected, found = weights_of(result.output), weights_of(cut.output)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
+    figures = (cut.output / "metrics.json").read_bytes()
     again = train(cut)
+    assert (cut.output / "metrics.json").read_bytes() == figures  # with the time of what was trained
     assert (again.epochs, again.best, again.samples) == (resumed.epochs, resumed.best, resumed.samples)
     found = weights_of(cut.output)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -261,6 +263,47 @@ def test_a_training_is_resumed_on_its_own_data(
         path.write_text(path.read_text().replace("B-Problem", "B-Site"))
     with pytest.raises(OutputError, match=r": sha256 of devel was \w{64} and is now \w{64}; resume with"):
         train(replace(first, resume=True))
+
+
+def test_a_training_is_resumed_with_its_own_teachers(
+    result: training.TrainResult, options: TrainOptions, tmp_path: Path
+) -> None:
+    """A teacher whose weights changed under its name makes another training."""
+    teacher = shutil.copytree(result.output, tmp_path / "teacher", ignore=shutil.ignore_patterns("checkpoints"))
+    first = replace(options, teachers=(str(teacher),), output=tmp_path / "out", epochs=1, max_documents=8)
+    train(first)
+    assert train(replace(first, resume=True)).epochs
+    shutil.copy(Path(options.base) / "model.safetensors", teacher)
+    with pytest.raises(OutputError, match=rf": sha256 of {teacher} was \w{{64}} and is now \w{{64}}; resume with"):
+        train(replace(first, resume=True))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_training_that_diverges(options: TrainOptions, tmp_path: Path) -> None:
+    """Weights that are no numbers are no checkpoint."""
+    given = replace(options, lr=1e30, output=tmp_path / "out")
+    with pytest.raises(UsageError) as error:
+        train(given)
+    assert str(error.value) == (
+        "lr 1e+30: the training diverged, its weights are no numbers; use a lower learning rate"
+    )
+    assert not (given.output / "metrics.json").exists()
+
+
+def test_a_base_that_gives_more_than_logits(options: TrainOptions, base: Path, tmp_path: Path) -> None:
+    """What its settings ask for beside them does not reach the scores."""
+    other = shutil.copytree(base, tmp_path / "base")
+    config = json.loads((other / "config.json").read_text()) | {"output_hidden_states": True, "output_attentions": True}
+    (other / "config.json").write_text(json.dumps(config))
+    assert train(replace(options, base=str(other), output=tmp_path / "out", epochs=1, max_documents=8)).epochs
+
+
+def test_gold_whose_edges_lie_inside_words(encoder: WordTokenizer) -> None:
+    """It is scored in training as it is taught: as the words that it lies in."""
+    documents = [Document("a", "the gouty pain. knee pain", ((5, 14, "Problem"), (16, 20, "Site")))]
+    encoded = encode(documents, encoder, TAGS, 64)
+    taught = [np.array(item["labels"]) for item in encoded.inputs]
+    assert training._strict(encoded, taught, TAGS) == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
 
 
 def test_one_file_is_no_data_to_train_on(options: TrainOptions, tmp_path: Path) -> None:
@@ -463,6 +506,11 @@ def test_unfit_teachers(result: training.TrainResult, options: TrainOptions, tmp
     transformers.BertConfig(vocab_size=8).save_pretrained(other)
     with pytest.raises(ModelError, match="has another tokenizer than"):
         train(replace(taught, teachers=(str(other),), output=tmp_path / "again"))
+    cased = shutil.copytree(result.output, tmp_path / "cased", ignore=shutil.ignore_patterns("checkpoints"))
+    rules = json.loads((cased / "tokenizer_config.json").read_text()) | {"do_lower_case": False}
+    (cased / "tokenizer_config.json").write_text(json.dumps(rules))
+    with pytest.raises(ModelError, match="has another tokenizer than"):
+        train(replace(taught, teachers=(str(cased),), output=tmp_path / "again"))
 
 
 def test_teachers_are_checked_before_anything_is_written(
@@ -583,6 +631,10 @@ def test_unusable_bases_and_data(options: TrainOptions, base: Path, tmp_path: Pa
     with pytest.raises(ModelError) as error:
         train(replace(fresh, base="/nowhere/model"))
     assert str(error.value).startswith("/nowhere/model: cannot be loaded as a base model (")
+    with pytest.raises(ModelError, match=r"^~nobody-here/model: cannot be loaded as a base model"):
+        train(replace(fresh, base="~nobody-here/model"))
+    with pytest.raises(InputError, match=r"^~nobody-here/notes\.csv: no such file or directory$"):
+        train(replace(fresh, unlabelled=("~nobody-here/notes.csv",), teachers=(str(base),)))
     assert len(str(error.value).splitlines()) == 2
     with pytest.raises(UsageError) as usage:
         train(replace(fresh, window=65))
