@@ -240,9 +240,7 @@ def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
         if "\r" in line:
             raise InputError(f"{path}:{number}: a carriage return inside a line; end lines with a line feed")
         if line.strip() and not line.startswith("-DOCSTART-"):
-            fields = (
-                line.split("\t") if "\t" in line else [field for part in line.split(" ") if (field := part.strip())]
-            )
+            fields = line.split("\t") if "\t" in line else [*filter(None, map(str.strip, line.split(" ")))]
             if len(fields) < 2 or not fields[0]:
                 raise InputError(f"{path}:{number}: expected a token and a tag, between them a tab or a space")
             tokens.append(fields[0])

@@ -950,17 +950,11 @@ def _csv_fields(reader: Iterator[list[str]]) -> Iterator[list[str] | None]:
     """The fields of each record; None where its quotes cannot be read, after which the next line begins a record."""
     while True:
         try:
-            fields = next(reader, _END)
+            yield next(reader)
+        except StopIteration:
+            return
         except csv.Error:
             yield None
-        else:
-            if fields is _END:
-                return
-            yield fields
-
-
-#: What the reader of an exhausted file gives.
-_END: list[str] = []
 
 
 def _csv_header(
