@@ -7,7 +7,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -411,7 +411,7 @@ def doctor(model: str, output: Path, device: str, as_json: bool) -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, raised where the program stands so that files are cleaned up."""
+    """SIGTERM, or a terminal that is closed, raised where the program stands so that files are cleaned up."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -433,7 +433,7 @@ def _exit_code(arguments: list[str] | None) -> int:
     try:
         # Not `cli.main`, which takes a closed pipe for a failure and an EOFError for Ctrl-C.
         given = sys.argv[1:] if arguments is None else arguments
-        with _sigterm_raises(), cli.make_context("medner", list(given)) as context:
+        with _termination_raises(), cli.make_context("medner", list(given)) as context:
             cli.invoke(context)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -444,7 +444,7 @@ def _exit_code(arguments: list[str] | None) -> int:
             exc.show()
         return exc.exit_code
     except MednerError as exc:
-        _say(str(exc))
+        _say("; ".join([str(exc), *_notes(exc)]))
         return exc.exit_code
     except (KeyboardInterrupt, click.Abort) as exc:
         _say("; ".join(["interrupted", *_notes(exc)]))
@@ -473,15 +473,21 @@ def _notes(exc: BaseException) -> list[str]:
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def _termination_raises() -> Iterator[None]:
+    """A signal to end raises, unless it is ignored, as a terminal that is closed is under nohup."""
+
     def stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's call
         raise _Terminated
 
-    before: Callable[[int, FrameType | None], Any] | int | None = signal.signal(signal.SIGTERM, stop)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

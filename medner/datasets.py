@@ -84,6 +84,8 @@ def load(data: str | Path, split: str, labels: Mapping[str, str] | None = None) 
     if not documents:
         raise InputError(f"{data}: the {split} split holds no document")
     if labels:  # first, for what is left out must not take the place of what it overlaps
+        if absent := sorted(labels.keys() - {"*", *labels_of(documents)}):
+            _log.warning("%s: no span of the %s split has the label %s", data, split, " or ".join(absent))
         documents = _rename(documents, lambda label: labels.get(label, labels.get("*", label)))
     if any(not label.isprintable() or not 0 < len(label) <= _MAX_LABEL for label in labels_of(documents)):
         raise InputError(f"{data}: a label is no printable text of 1 to {_MAX_LABEL} characters; rename it in the data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,10 +34,22 @@ _HELD = ("rows", "annotated", "rejected", "spans", "tokens", "unknown", "windows
 _GIVEN = (*schema.KEY.names, "n_chars", "text_sha256", "reason")
 
 
-def check_description(place: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with another run; raises :class:`OutputError`, naming the first difference."""
+#: Names of what a change inside a file changes, in the description of a run.
+_SIZES = re.compile(r"inputs\.[0-9]+\.(bytes|sha256)")
+
+
+def check_description(place: str, before: Mapping[str, Any], now: Mapping[str, Any], *, finished: bool) -> None:
+    """Refuse to go on with another run; raises :class:`OutputError`, naming the first difference.
+
+    finished: the sizes of inputs must be the same, too. While a run is unfinished, a file that stopped it may be
+    repaired: :func:`check_part` compares the rows of every part that is kept.
+    """
     old, new = dict(_flat(before)), dict(_flat(now))
-    changed = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    changed = [
+        name
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name) and (finished or not _SIZES.fullmatch(name))
+    ]
     if changed:
         name = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from medner import resume, runtime, sinks, sources
 from medner.annotate import Options
-from medner.errors import OutputError, TooManyRejected, UsageError
+from medner.errors import InputError, OutputError, TooManyRejected, UsageError
 from medner.tally import Tally, timed
 from medner.workers import Alone, Crew
 
@@ -70,7 +70,7 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
     _check_resume(options)
     found = sources.discover(options.inputs)
     _check_apart(options.inputs, found.files, options.output, form)
-    if found.skipped and not options.quiet:
+    if found.skipped:  # no matter of progress: what lies there may have been meant
         _say(f"{found.skipped} {'file' if found.skipped == 1 else 'files'} of unknown suffix skipped")
     reader = sources.Reader(found.files, options.read, stdin)
     kept = tuple(reader.schema.field(name) for name in options.read.keep)
@@ -106,7 +106,7 @@ def _annotate(
     started = time.monotonic()
     before, finished = sink.earlier()
     if before is not None:
-        resume.check_description(sink.name, before, description)
+        resume.check_description(sink.name, before, description, finished=finished is not None)
     sink.start(description)
     tally = Tally()
 
@@ -127,7 +127,8 @@ def _annotate(
     sink.check_end()
     done: dict[str, Any] = {"inputs": reader.inputs(), "counts": tally.counts()}
     if finished is not None and tally.parts == tally.parts_kept:
-        resume.check_description(sink.name, {"inputs": finished["inputs"]}, {"inputs": done["inputs"]})
+        inputs = ({"inputs": each["inputs"]} for each in (finished, done))
+        resume.check_description(sink.name, *inputs, finished=True)
         resume.check_counts(sink.name, finished["counts"], done["counts"])
         if not options.quiet:
             _say(f"{sink.name} was finished already")
@@ -214,13 +215,11 @@ def _parts(batches: Iterable[pa.RecordBatch], options: RunOptions) -> Iterator[t
 
 @contextlib.contextmanager
 def _interruptible(sink: sinks.Sink) -> Iterator[None]:
-    """An interruption tells how to go on, where that is possible."""
+    """An interruption, and an input that has to be mended, tell how to go on, where that is possible."""
     try:
         yield
-    except Exception:
-        raise
     except BaseException as exc:
-        if sink.resumable:
+        if sink.resumable and (isinstance(exc, InputError) or not isinstance(exc, Exception)):
             exc.add_note(f"--resume goes on with {sink.name}")
         raise
 

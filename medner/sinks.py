@@ -7,6 +7,7 @@ to the disk, and renamed.
 from __future__ import annotations
 
 import abc
+import base64
 import contextlib
 import errno
 import hashlib
@@ -156,19 +157,24 @@ def _mentions(notes: pa.Array, spans: pa.StructArray, parents: pa.Array) -> pa.A
 
 
 def json_lines(table: pa.Table) -> Iterator[bytes]:
-    """The rows of a table as JSON lines; a score is written with the digits that tell float32 numbers apart.
+    """The rows of a table as JSON lines; columns of float32, as scores, have the digits that tell such numbers apart.
 
-    Dates, times and decimals of kept columns, inside lists and structs, too, are written as Arrow prints them.
+    Dates, times and decimals of kept columns, inside lists and structs, too, are written as Arrow prints them, and
+    binary values in base64.
     """
     for index, name in enumerate(table.column_names):
         column = table.column(name)
-        if name in ("score", "spans"):
+        if name in ("score", "spans") or column.type in (pa.float16(), pa.float32()):
             table = table.set_column(index, name, _short_floats(column.combine_chunks()))
         elif (printed := _printed(column.type)) != column.type:
             table = table.set_column(index, name, _cast(column, printed))
     for batch in table.to_batches(max_chunksize=1024):
         for row in batch.to_pylist():
-            yield orjson.dumps(row, default=str) + b"\n"
+            yield orjson.dumps(row, default=_base64) + b"\n"
+
+
+def _base64(value: bytes) -> str:
+    return base64.b64encode(value).decode()
 
 
 def _cast(column: pa.ChunkedArray, printed: pa.DataType) -> pa.ChunkedArray:
@@ -501,6 +507,7 @@ class DirectorySink(Sink):
         self._resume = resume
         self._digests: dict[str, str] = {}
         self._recorded: dict[str, str] = {}
+        self._earlier: dict[str, Any] | None = None
         self.name = str(path)
         with _translated(path):
             if path.exists() and not path.is_dir():
@@ -532,11 +539,12 @@ class DirectorySink(Sink):
             if any(type(manifest.get(name)) is not kind for name, kind in sections.items()):
                 raise _damaged(self._path / MANIFEST)
             self._recorded = manifest["files"]
+        self._earlier = run
         return run, manifest
 
     def start(self, run: dict[str, Any]) -> None:
-        """Record what is being run, before anything else is written; of a run that is resumed that is on record."""
-        if not (self._resume and (self._path / RUN).is_file()):
+        """Record what is being run, before anything else is written; of a run that is resumed what it reads now."""
+        if self._earlier is None or self._earlier.get("inputs") != run["inputs"]:
             write_json(self._path / RUN, run, self._lock.claim.check)
         with _translated(self._path):
             for folder in FOLDERS:
@@ -658,6 +666,10 @@ class FileSink(Sink):
                 found = existing.exists()
             if found and not overwrite:
                 raise OutputError(f"{existing}: exists already; choose another -o, or pass --overwrite")
+        # Files of other suffixes have the same manifest: theirs stays.
+        files = (_read_json(self._manifest) or {}).get("files")
+        if isinstance(files, dict) and files.keys() != {target.name for target in targets}:
+            raise OutputError(f"{self._manifest}: belongs to {min(files, key=len)}; choose another -o, or remove it")
 
     def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:  # noqa: ARG002 - the sinks' common call
         """Append one part."""

@@ -465,7 +465,7 @@ class Reader:
     ) -> Iterator[pa.RecordBatch]:
         texts = _strings(chunk.column(self._options.text_column))
         ids = [None] * len(texts) if id_column is None else _strings(chunk.column(id_column))
-        kept = [_kept_array(chunk.column(name), self.schema.field(name).type) for name in self._options.keep]
+        kept = [_kept_array(file, chunk.column(name), self.schema.field(name)) for name in self._options.keep]
         start = 0
         for rows in _groups(
             self._admit(file.source, first + number, *_parquet_record(text, note_id))
@@ -738,12 +738,23 @@ def _kept_type(name: str, found: set[pa.DataType], only_parquet: bool) -> pa.Dat
 
 
 def _carried(name: str, kind: pa.DataType) -> pa.DataType:
-    """The type, if rows of it can be picked out, as the table of spans needs."""
+    """The type, if it can be read in pieces and rows of it can be picked out, as the table of spans needs."""
     try:
         pa.nulls(0, kind).take(pa.array([], pa.int64()))
+        if any(map(_has_dictionary, _inner(kind))):
+            raise pa.ArrowNotImplementedError("dictionaries that differ between row groups")
     except pa.ArrowNotImplementedError as exc:
         raise InputError(f"--keep {name}: {_type(kind)} cannot be carried into the output; cast it first") from exc
     return kind
+
+
+def _has_dictionary(kind: pa.DataType) -> bool:
+    return pa.types.is_dictionary(kind) or any(map(_has_dictionary, _inner(kind)))
+
+
+def _inner(kind: pa.DataType) -> list[pa.DataType]:
+    """Types of the values inside one of a nested type."""
+    return [kind.field(number).type for number in range(kind.num_fields)]
 
 
 def _type(kind: pa.DataType) -> str:
@@ -1036,14 +1047,20 @@ def _parquet_record(text: str | None, value: object) -> _Record:
     return note_id, None if reason else text, reason, ()
 
 
-def _kept_array(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    """A kept column as ``kind``. Strings that do not decode are mended; within nested columns they are an error."""
+def _kept_array(file: InputFile, column: pa.Array, field: pa.Field) -> pa.Array:
+    """A kept column as the field has it. Strings that do not decode are mended; in nested columns they are an error."""
     if is_text(column.type):
         try:
             column.validate(full=True)
         except pa.ArrowInvalid:
             mended = [None if value is None else _SURROGATE.sub("\ufffd", value) for value in _strings(column)]
             column = pa.array(mended, pa.string())
-    column = column if column.type == kind else column.cast(kind)
-    column.validate(full=True)
+    try:
+        column = column if column.type == field.type else column.cast(field.type)
+        column.validate(full=True)
+    except pa.ArrowInvalid as exc:
+        raise InputError(
+            f"{file}: --keep {field.name}: a value of {_type(column.type)} cannot be carried into the output; mend or "
+            "cast it first"
+        ) from exc
     return column

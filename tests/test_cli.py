@@ -441,7 +441,11 @@ def test_a_stream_that_cannot_be_flushed_is_let_go(
 
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(signal.SIGINT, 130, "medner: interrupted"), (signal.SIGTERM, 143, "medner: terminated")],
+    [
+        (signal.SIGINT, 130, "medner: interrupted"),
+        (signal.SIGTERM, 143, "medner: terminated"),
+        (signal.SIGHUP, 143, "medner: terminated"),
+    ],
 )
 @pytest.mark.parametrize("output", ["out", "out.jsonl.gz"])
 def test_interrupted(tmp_path: Path, number: signal.Signals, code: int, said: str, output: str) -> None:

@@ -175,6 +175,18 @@ def test_labels_are_renamed(tmp_path: Path) -> None:
     assert labels_of(load(path, "test", {"*": "O"})) == []
 
 
+def test_labels_that_are_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A mapping of a label that no span has may be a slip of the pen, and is told."""
+    path = str(write(tmp_path / "x.txt", PUBTATOR))
+    with caplog.at_level(logging.WARNING):
+        before = load(path, "test", {"Sign": "Problem", "*": "Other"})
+        told = list(caplog.messages)
+        assert load(path, "test", {"Sing": "O", "Sign": "Problem", "*": "Other"}) == before
+    said = f"{path}: no span of the test split has the label Sing"
+    assert said not in told
+    assert [message for message in caplog.messages[len(told) :] if message not in told] == [said]
+
+
 def test_jsonl(tmp_path: Path) -> None:
     """Spans may be objects or triples; the id is id, else note_id, else the line; overlaps keep the longest."""
     records = [

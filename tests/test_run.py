@@ -639,6 +639,8 @@ def test_progress_where_there_is_no_terminal(
     ]
     go(path, tmp_path / "quiet")
     assert capfd.readouterr() == ("", "")
+    go(path.parent, tmp_path / "folder")
+    assert capfd.readouterr() == ("", "medner: 1 file of unknown suffix skipped\n")
 
 
 def test_a_window_that_was_assumed_is_said(tmp_path: Path, notes: Path, capfd: pytest.CaptureFixture[str]) -> None:

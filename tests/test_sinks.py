@@ -213,14 +213,18 @@ def test_json_lines_of_kept_columns() -> None:
         "pair": pa.array([[1, 2], None], pa.list_(nanoseconds, 2)),
         "struct": pa.array([{"a": 1, "b": [2]}, None], pa.struct({"a": pa.int8(), "b": pa.list_(pa.duration("ns"))})),
         "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.date32())),
+        "raw": pa.array([b"\xff\x00", None]),
+        "raws": pa.array([[b"fever"], None]),
+        "short": pa.array([0.1, None], pa.float32()),
     }
     first = "1970-01-01 00:00:00.00000000"
     assert [orjson.loads(line) for line in sinks.json_lines(pa.table(fields))] == [
         {"when": "2024-02-29 12:00:00.000000000", "day": "2024-02-29", "price": "1.10", "share": 0.25, "sure": True,
          "tags": ["a", None], "ward": "x", "list": [f"{first}1", None], "large": ["1.10"],
-         "pair": [f"{first}1", f"{first}2"], "struct": {"a": 1, "b": ["2"]}, "map": [["k", "1970-01-02"]]},
+         "pair": [f"{first}1", f"{first}2"], "struct": {"a": 1, "b": ["2"]}, "map": [["k", "1970-01-02"]],
+         "raw": "/wA=", "raws": ["ZmV2ZXI="], "short": 0.1},
         {"when": None, "day": None, "price": None, "share": None, "sure": None, "tags": [], "ward": None, "list": None,
-         "large": None, "pair": None, "struct": None, "map": None},
+         "large": None, "pair": None, "struct": None, "map": None, "raw": None, "raws": None, "short": None},
     ]  # fmt: skip
 
 
@@ -624,3 +628,19 @@ def test_a_real_batch_goes_through() -> None:
         ("Type 2 diabetes", 0, 15),
         ("fever", 17, 22),
     ]
+
+
+def test_file_sink_takes_no_manifest_of_other_files(tmp_path: Path) -> None:
+    """Files of all suffixes have one name for their manifest, which stays beside those that it tells of."""
+    for overwrite in (False, True):
+        sink = FileSink(tmp_path / "out.parquet", TableOptions(), overwrite=overwrite)
+        sink.write(0, [two_rows()])
+        sink.finish(MANIFEST)
+        sink.close()
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+    with pytest.raises(OutputError) as caught:
+        FileSink(tmp_path / "out.jsonl", TableOptions(), overwrite=True)
+    assert str(caught.value) == (
+        f"{tmp_path / 'out.manifest.json'}: belongs to out.parquet; choose another -o, or remove it"
+    )
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before

@@ -926,6 +926,25 @@ def test_kept_types_that_cannot_be_carried(tmp_path: Path) -> None:
     )
 
 
+def test_kept_dictionaries_inside_others(tmp_path: Path) -> None:
+    """Arrow cannot read them where they differ between row groups, so that none is promised."""
+    wards = pa.StructArray.from_arrays([pa.array(["ICU", "ER"]).dictionary_encode()], ["name"])
+    pq.write_table(pa.table({"text": ["x", "y"], "ward": wards}), tmp_path / "n.parquet", row_group_size=1)
+    assert refused(InputError, lambda: reader(tmp_path, keep=("ward",))) == (
+        "--keep ward: struct<name: dictionary<values=string, indices=int32, ordered=0>> cannot be carried into the "
+        "output; cast it first"
+    )
+
+
+def test_kept_values_that_cannot_be_carried(tmp_path: Path) -> None:
+    """Bytes that are no text, where they have to be; the file is not called damaged."""
+    path = write_parquet(tmp_path / "a.parquet", text=["x", "y"], ward=[b"ICU", b"\xff"])
+    write(tmp_path / "b.csv", "text,ward\nz,ER\n")
+    assert refused(InputError, lambda: read(tmp_path, keep=("ward",))) == (
+        f"{path}: --keep ward: a value of binary cannot be carried into the output; mend or cast it first"
+    )
+
+
 def test_kept_parquet_strings_are_mended(tmp_path: Path) -> None:
     """Bytes that are no UTF-8 are replaced in a kept string column, so that every sink can write it."""
     path = write_parquet(tmp_path / "n.parquet", text=["x", "y"], ward=invalid([b"w\xff", None], pa.string()))
