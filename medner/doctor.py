@@ -475,10 +475,11 @@ def try_session(model: str, device: str) -> Finding:
 
 
 def try_output(output: Path) -> Finding:
-    """A file can be written where a run would write; what is not there yet is looked for further up."""
-    folder = output if sinks.file_format(output) is None else output.parent
+    """A file can be written where a run would write; a run directory that is not there yet is looked for further up."""
+    is_file = sinks.file_format(output) is not None
+    folder = output.parent if is_file else output
     try:
-        while not folder.exists() and folder != folder.parent:
+        while not is_file and not folder.exists() and folder != folder.parent:
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0" * 4096)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from medner import Annotator, testing
 from medner import bundle as bundles
 
 LABELS = ("O", "B-Disease", "I-Disease")
+
+# Where tests run in the background they are ignored, and so they would be by the processes that tests start.
+for ignored in {signal.SIGINT, signal.SIGHUP}:
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        signal.signal(ignored, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

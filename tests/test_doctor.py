@@ -672,6 +672,8 @@ def test_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "spans.jsonl").touch()
     assert doctor.try_output(tmp_path / "spans.jsonl").state == "ok"
+    missing = f"{tmp_path / 'no'}: cannot be written: No such file or directory"
+    assert doctor.try_output(tmp_path / "no" / "spans.jsonl").found == missing  # as a run says
     monkeypatch.chdir(tmp_path)
     assert doctor.try_output(Path()).found.startswith(f"{tmp_path} can be written, ")
 

@@ -372,7 +372,8 @@ def test_a_file_that_changes_under_a_run(
     assert (code, *capsys.readouterr()) == (
         4,
         "",
-        f"medner: {path} changed while it was read; run again once nothing writes to it\n",
+        f"medner: {path} changed while it was read; run again once nothing writes to it; --resume goes on with "
+        f"{tmp_path / 'out'}\n",
     )
     assert not (tmp_path / "out/manifest.json").exists()
 
