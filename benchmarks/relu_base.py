@@ -36,7 +36,7 @@ import transformers
 from tqdm import tqdm
 
 from medner import sources
-from medner.train import load_tokenizer
+from medner.train import load_tokenizer, resolve_precision
 
 #: Tokens of an example, special ones left out, and examples of a step.
 LENGTH, BATCH = 96, 32
@@ -136,8 +136,9 @@ def distil(student: Encoder, teacher: Encoder, ids: Tensor, steps: int) -> None:
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=LR, weight_decay=0.01, fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, min(WARMUP, steps // 2), steps)
     student.model.eval()
+    in_bf16 = resolve_precision("auto") == "bf16"  # which is very slow where the processor does not compute in it
     for batch in tqdm(_batches(ids, steps), "distilling", total=steps, disable=None):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
             with torch.no_grad():
                 wanted = teacher.layers(batch)
             losses = [

@@ -1,12 +1,16 @@
-"""How the default model is made: ReLU in the place of GELU, and the mean of several trainings' weights."""
+"""How the default model is made: ReLU in the place of GELU, the mean of several trainings' weights, the whole build."""
 
+import csv
+import gzip
 import itertools
 import json
+import os
 import random
 import re
 import statistics
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +19,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from medner import testing
+from medner import Annotator, bundle, datasets, testing
 from medner.datasets import Document
 from medner.errors import InputError
 from medner.windows import WordTokenizer
@@ -25,7 +29,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("benchmarks are only in a checkout", allow_module_level=True)
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("onnx", reason="build_default exports")
+pytest.importorskip("optimum.exporters.onnx", reason="build_default exports")
 load_file = pytest.importorskip("safetensors.torch").load_file
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
@@ -34,7 +38,7 @@ with pytest.MonkeyPatch.context() as patch:
     )
 
 
-def checkpoint(path: Path, seed: int) -> Path:
+def checkpoint(path: Path, seed: int, positions: int = 32) -> Path:
     """An encoder of random weights with GELU and the tiny vocabulary."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -44,7 +48,7 @@ def checkpoint(path: Path, seed: int) -> Path:
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=64,
-            max_position_embeddings=32,
+            max_position_embeddings=positions,
             initializer_range=0.2,
         )
         transformers.BertModel(config, add_pooling_layer=False).save_pretrained(path)
@@ -437,3 +441,126 @@ def test_the_records() -> None:
     assert any(text.isupper() and " " in text for text in spans)
     assert sum("___" in row["text"] for row in rows) >= 3
     assert any(not row["spans"] for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole build
+
+NAMES = ("breast cancer", "heart failure", "asthma", "type 2 diabetes mellitus")
+FRAMES = ("a {} b c.", "d e {} f.", "no {} or {}.", "g h i.", "{} in {}.")
+
+#: Small and short, and with the learning rate that so small a model needs; then as from the command line.
+BUILD = """
+import sys
+from pathlib import Path
+data, base, out = map(Path, sys.argv[1:])
+import build_default as build, common, pretrain, relu_base, training
+common.ROOT, build.WORK, training.WORK, build.SHIPPED = out, out / "default", out / "training", out / "shipped"
+build.RELU_STEPS, build.PRETRAINED_TOKENS, build.SEEDS, training.SEEDS = 2, 5_000, (13,), (13,)
+build.NAMED_EPOCHS, build.UNLABELLED_CHARACTERS = 1, dict.fromkeys(build.UNLABELLED_CHARACTERS, 500)
+relu_base.LENGTH, relu_base.BATCH, relu_base.FITTED, relu_base.HELD_OUT = 16, 4, 60, 8
+flags = training.flags
+training.flags = lambda **options: flags(**options | {"epochs": 3, "lr": 3e-3})
+sys.argv = ["build_default", "--base", str(base), "--ship"]
+build.main()
+"""
+
+
+def sentences(seed: int, count: int) -> list[Document]:
+    """Labelled sentences of the tiny vocabulary's words."""
+    draw = random.Random(seed)
+    made = []
+    for number in range(count):
+        text, spans = "", []
+        for part in draw.choice(FRAMES).replace("{}", "\0{}\0").split("\0"):
+            name = draw.choice(NAMES) if part == "{}" else part
+            if part == "{}":
+                spans.append((len(text), len(text) + len(name), "Disease"))
+            text += name
+        made.append(Document(str(number), text, tuple(spans)))
+    return made
+
+
+def write_conll(path: Path, documents: Iterable[Document]) -> None:
+    """A line for each word."""
+    lines = []
+    for document in documents:
+        place = 0
+        for word in document.text.replace(".", " .").split():
+            start = document.text.index(word, place)
+            place = start + len(word)
+            tags = ["B-Disease" if start == a else "I-Disease" for a, b, _ in document.spans if a <= start < b]
+            lines.append(f"{word}\t{(tags or ['O'])[0]}")
+        lines.append("")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_pubtator(path: Path, documents: list[Document]) -> None:
+    """Documents of three sentences, the first of which is the title."""
+    lines = []
+    for number in range(0, len(documents) - 2, 3):
+        text, spans = "", []
+        for document in documents[number : number + 3]:
+            text += " " if text else ""
+            spans += [(a + len(text), b + len(text), label) for a, b, label in document.spans]
+            text += document.text
+        title = len(documents[number].text)
+        lines += [f"{number}|t|{text[:title]}", f"{number}|a|{text[title + 1 :]}"]
+        lines += [f"{number}\t{a}\t{b}\t{text[a:b]}\tSpecificDisease\tD0" for a, b, _ in spans]
+        lines.append("")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_data(folder: Path) -> None:
+    """Files where the real ones lie, of our own text."""
+    for name in ("ncbi-disease/conll", "ncbi-disease/pubtator", "biomedical-text", "mtsamples", "aci-bench"):
+        (folder / name).mkdir(parents=True)
+    ncbi = folder / "ncbi-disease"
+    for seed, (split, name, count) in enumerate(
+        [("train", "trainset", 300), ("devel", "developset", 60), ("test", "testset", 60)]
+    ):
+        write_conll(ncbi / "conll" / f"{split}.tsv", sentences(seed, count))
+        write_pubtator(ncbi / "pubtator" / f"NCBI{name}_corpus.txt", sentences(seed, count))
+    texts = [" ".join(document.text for document in sentences(9 + seed, 12)) for seed in range(60)]
+    answers = [f"What causes {name}? The {name} is a rare disease. A b c {name} d e f g h i." for name in NAMES]
+    for name, rows in (("medquad", texts + answers), ("rct-articles", texts)):
+        with gzip.open(folder / "biomedical-text" / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps({"id": str(number), "text": text}) + "\n" for number, text in enumerate(rows))
+    with (folder / "mtsamples" / "mtsamples.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["transcription"], *([text] for text in texts)])
+    notes = (json.dumps({"note_id": str(number), "text": text}) + "\n" for number, text in enumerate(texts[:5]))
+    (folder / "aci-bench" / "notes.jsonl").write_text("".join(notes))
+
+
+def test_the_whole_build(tmp_path: Path) -> None:
+    """Every stage runs on what the one before made, and what ships loads, states its scores and finds mentions."""
+    data, base, out = (tmp_path / name for name in ("data", "base", "out"))
+    write_data(data)
+    assert len(datasets.load(str(data / "ncbi-disease" / "pubtator"), "train")) == 100
+    checkpoint(base, 3, positions=160)
+    path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, data, base, out],
+        env=os.environ | {"MEDNER_DATA": str(data), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages = [line.removeprefix("training ") for line in done.stderr.splitlines() if line.startswith("training ")]
+    assert stages == ["pretrained-13", "named", "named-13", "seed13"]
+    assert len((out / "default" / "silver.jsonl").read_text().splitlines()) > 0
+    assert len((out / "default" / "unlabelled.jsonl").read_text().splitlines()) > 0
+
+    loaded = bundle.load(out / "shipped")
+    loaded.check()
+    assert list(loaded.variants) == ["int8"]
+    card = loaded.card
+    assert card["chosen"] in card["devel"]
+    assert card["scores"]["int8, test sentences"]["overall"]["f1"] > 0.8
+    assert card["training"]["options"]["teachers"] == ["named-13"]
+    told = (out / "shipped" / "README.md").read_text()
+    assert f"{100 * card['scores']['int8, test documents']['overall']['f1']:.2f}" in told
+    assert not re.search(r"\{[a-z_]+\}", told)
+    files = [file for file in (out / "shipped").rglob("*") if file.is_file()]
+    assert not [file for file in files if str(tmp_path).encode() in file.read_bytes()]
+    found = Annotator.load(out / "shipped")("no asthma or heart failure.")
+    assert [(span.start, span.end) for span in found] == [(3, 9), (13, 26)]
