@@ -125,7 +125,7 @@ def contenders(model: Model, threads: int, edsnlp_python: Path) -> dict[str, Con
     here = Path(__file__).resolve().parent
     medner = (
         Path(sys.executable).parent / "medner", "annotate", "--model", model.bundle, "--threads", str(threads),
-        "--device", "cpu", "--quiet", "--overwrite",
+        "--device", "cpu", "--quiet", "--overwrite", "--min-score", "0",
     )  # fmt: skip
     pipeline = (
         sys.executable, here / "contenders.py", "--checkpoint", model.checkpoint, "--bundle", model.bundle,

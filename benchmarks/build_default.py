@@ -213,14 +213,15 @@ def make_students(start: Path, teachers: Sequence[Path], silver: Path, unlabelle
 def scores_of(path: Path) -> dict[str, Any]:
     """Every score that the card states, by name. Test is scored here, once, after everything was chosen."""
     found: dict[str, Any] = {}
-    for precision in ("int8", "fp32"):
-        annotator = Annotator.load(path, Options(precision=precision))
+    for precision, least in (("int8", None), ("fp32", None), ("int8", 0.0), ("fp32", 0.0)):
+        annotator = Annotator.load(path, Options(precision=precision, min_score=least))
+        name = precision if least is None else f"{precision}, all spans"
         for split in ("devel", "test"):
             sentences, documents = datasets.load(str(CONLL), split), datasets.load(str(PUBTATOR), split)
-            found[f"{precision}, {split} sentences"] = evaluate.evaluate(annotator, sentences).as_dict()
-            found[f"{precision}, {split} documents"] = evaluate.evaluate(annotator, documents).as_dict()
+            found[f"{name}, {split} sentences"] = evaluate.evaluate(annotator, sentences).as_dict()
+            found[f"{name}, {split} documents"] = evaluate.evaluate(annotator, documents).as_dict()
             wrapped = evaluate.hard_wrapped(documents, WRAP)
-            found[f"{precision}, {split} documents wrapped at {WRAP}"] = evaluate.evaluate(annotator, wrapped).as_dict()
+            found[f"{name}, {split} documents wrapped at {WRAP}"] = evaluate.evaluate(annotator, wrapped).as_dict()
     return found
 
 
@@ -234,16 +235,18 @@ def notes() -> list[Document]:
 
 
 def agreement(path: Path, documents: list[Document], other: list[Document] | None = None) -> float:
-    """Share of equal spans: int8 against fp32 on the same documents, or int8 on two forms of them."""
-    first = evaluate.find(Annotator.load(path, Options(precision="int8")), other or documents)
-    second = evaluate.find(Annotator.load(path, Options(precision="int8" if other else "fp32")), documents)
+    """Share of equal spans, of all scores: int8 against fp32 on the same documents, or int8 on two forms of them."""
+    first = evaluate.find(Annotator.load(path, Options(precision="int8", min_score=0.0)), other or documents)
+    second = evaluate.find(
+        Annotator.load(path, Options(precision="int8" if other else "fp32", min_score=0.0)), documents
+    )
     return score.agreement(_keys(first), _keys(second))
 
 
 def masked_mentions(path: Path, documents: list[Document]) -> dict[str, Any]:
     """What changes when names after titles become ``___``: masks, mentions that hold one, share of equal mentions."""
     masked = [replace(d, text=re.sub(r"\b(Mr|Ms|Mrs|Dr)\. [A-Z][a-z]+", r"\1. ___", d.text)) for d in documents]
-    annotator = Annotator.load(path, Options(precision="int8"))
+    annotator = Annotator.load(path, Options(precision="int8", min_score=0.0))
     before, after = (
         [(d.id, d.text[start:end]) for d, spans in zip(form, evaluate.find(annotator, form), strict=True)
          for start, end, _ in spans]
@@ -264,8 +267,8 @@ def _keys(found: evaluate.Found) -> list[tuple[int, int, int, str]]:
 def prove_fp32(checkpoint: Path, path: Path) -> int:
     """PyTorch and fp32 ONNX find identical spans in all test sentences; the number of sentences."""
     sentences = datasets.load(str(CONLL), "test")
-    exported = Annotator.load(path, Options(precision="fp32"))
-    reference = Annotator(exported.bundle, TorchModel(checkpoint), Options(), precision="fp32")
+    exported = Annotator.load(path, Options(precision="fp32", min_score=0.0))
+    reference = Annotator(exported.bundle, TorchModel(checkpoint), Options(min_score=0.0), precision="fp32")
     if evaluate.find(exported, sentences) != evaluate.find(reference, sentences):
         raise SystemExit("fp32 ONNX and PyTorch find different spans in the test sentences")
     return len(sentences)
@@ -284,6 +287,7 @@ def card(path: Path, facts: dict[str, Any]) -> str:
     loaded = bundle.load(path)
     values = {
         "scores": "\n".join(rows),
+        "min_score": f"{loaded.min_score:g}",
         "window": f"{loaded.window} tokens, {'as many segments as fit' if loaded.packed else 'one segment each'}",
         "steps": str(RELU_STEPS),
         "pretrained": f"{PRETRAINED_TOKENS / 1e6:.0f} M",
@@ -352,6 +356,7 @@ def main() -> None:
                 str(PUBTATOR / "NCBIdevelopset_corpus.txt"),
                 name="default",
                 licence=LICENCE,
+                min_score=None,
                 overwrite=True,
             )
         )
@@ -382,8 +387,9 @@ def main() -> None:
     loaded = bundle.load(path)
     (path / "README.md").write_text(card(path, facts), encoding="utf-8")
     bundle.write_manifest(
-        path, name="default", labels=loaded.labels, window=loaded.window, packed=loaded.packed, card=written
-    )
+        path, name="default", labels=loaded.labels, window=loaded.window, packed=loaded.packed, card=written,
+        min_score=loaded.min_score,
+    )  # fmt: skip
     if given.ship:
         ship(path, written)
     print((path / "README.md").read_text(encoding="utf-8"))
@@ -399,8 +405,9 @@ def ship(path: Path, written: dict[str, Any]) -> None:
     graph = bundle.VARIANT_FILES["int8"]
     shutil.copyfile(path / graph, SHIPPED / graph)
     bundle.write_manifest(
-        SHIPPED, name="default", labels=loaded.labels, window=loaded.window, packed=loaded.packed, card=written
-    )
+        SHIPPED, name="default", labels=loaded.labels, window=loaded.window, packed=loaded.packed, card=written,
+        min_score=loaded.min_score,
+    )  # fmt: skip
     size = sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file())
     print(f"shipped {size / 1e6:.2f} MB to {SHIPPED.relative_to(common.ROOT)}")
     if size > 25_000_000:

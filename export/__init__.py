@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ class ExportOptions:
 
     precisions: the variants to write. parity_data: labelled documents or plain notes. window: tokens, or None to choose
     the window on the labelled documents. packed: where the window is given, whether it takes as many segments as fit.
-    split: of a data set that has splits. labels: new names of its labels, by old ones. name: the bundle's; None takes
-    the directory's. licence: of the weights, for the record.
+    min_score: the bundle leaves spans below it out; None chooses it on the labelled text. split: of a data set that
+    has splits. labels: new names of its labels, by old ones. name: the bundle's; None takes the directory's. licence:
+    of the weights, for the record.
     """
 
     checkpoint: Path
@@ -40,6 +41,7 @@ class ExportOptions:
     precisions: tuple[str, ...] = DEFAULT
     window: int | None = None
     packed: bool = True
+    min_score: float | None = 0.0
     split: str = "devel"
     labels: Mapping[str, str] = field(default_factory=dict)
     name: str | None = None
@@ -82,6 +84,12 @@ def export(options: ExportOptions) -> str:
         gate.report.windows_tried = tried
         if not gate.check("fp32", graphs["fp32"]).passed:
             raise verify.failure("fp32", gate.report)
+        least = options.min_score
+        if least is None:
+            least, gate.report.min_scores_tried = verify.choose_min_score(
+                checkpoint, runtime.Session(graphs["fp32"], "cpu"), data
+            )
+        checkpoint = replace(checkpoint, min_score=least)
         samples = verify.samples(checkpoint, data) if len(graphs) > 1 else []
         failures: list[CheckFailed] = []
         for precision, make in (("int8", _int8), ("fp16", _fp16)):
@@ -150,6 +158,8 @@ def _check(options: ExportOptions) -> None:
     unknown = set(options.precisions) - set(PRECISIONS)
     if unknown or not options.precisions:
         raise UsageError(f"--precision {', '.join(sorted(unknown)) or 'none'}: use {', '.join(PRECISIONS)}")
+    if options.min_score is not None and not 0 <= options.min_score <= 1:  # NaN is not either
+        raise UsageError(f"--min-score {options.min_score}: use auto or a number from 0 to 1")
     output = options.output
     if output.exists():
         if not (output / bundles.MANIFEST).is_file():
@@ -179,6 +189,7 @@ def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, 
         window=checkpoint.window,
         packed=checkpoint.packed,
         card=card,
+        min_score=checkpoint.min_score,
     )
 
 
@@ -196,6 +207,7 @@ def _model_card(name: str, checkpoint: bundles.Bundle, card: Mapping[str, Any]) 
         f"- Licence: {card['licence'] or 'not stated'}",
         f"- Labels: {', '.join(checkpoint.labels)}",
         f"- Window: {checkpoint.window} tokens, {'as many segments as fit' if checkpoint.packed else 'one segment'}",
+        *([f"- Spans with a score below {checkpoint.min_score:g} are left out"] if checkpoint.min_score else []),
         "",
         f"## Parity with PyTorch, on {report['data']} ({report['documents']} documents)",
         "",

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medner import bundle as bundles
-from medner import evaluate, parity
+from medner import evaluate, parity, score
 from medner.annotate import Annotator, Ints, Model, Options
 from medner.errors import CheckFailed, InputError, ModelError
 from medner.parity import ParityData, Report
@@ -23,6 +23,10 @@ ONE_SEGMENT = "one segment"
 #: Of the windows that score within this F1 of the best, the longest is taken, for it cuts the fewest sentences, and of
 #: two of one length the packed one. Windows of one segment each are as long as those that the model was trained on.
 WINDOW_TOLERANCE = 0.002
+
+
+#: Scores that ``--min-score auto`` tries.
+MIN_SCORES = tuple(number / 20 for number in range(20))
 
 
 def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tuple[bundles.Bundle, dict[str, float]]:
@@ -59,6 +63,23 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
     return max(near, key=lambda sized: (sized.window, sized.packed)), tried
 
 
+def choose_min_score(bundle: bundles.Bundle, model: Model, data: ParityData) -> tuple[float, dict[str, float]]:
+    """The score below which spans are left out for the best F1 on labelled text, and the F1 of each one tried.
+
+    Of equal ones the lowest. Raises :class:`InputError` where the data is not labelled.
+    """
+    if not data.labelled:
+        raise InputError(f"--min-score auto needs labelled text; {data.name} has no labels: pass --min-score P")
+    annotator = Annotator(bundle, model, Options(min_score=0.0), precision="fp32")
+    gold = evaluate.fit_labels(annotator, data.documents)
+    found = evaluate.find_scored(annotator, data.documents)
+    tried = {}
+    for least in MIN_SCORES:
+        kept = [[(start, end, label) for start, end, label, sure in spans if sure >= least] for spans in found]
+        tried[least] = score.evaluate(gold, kept).overall.f1
+    return max(tried, key=lambda least: (tried[least], -least)), {f"{least:g}": f1 for least, f1 in tried.items()}
+
+
 def samples(bundle: bundles.Bundle, data: ParityData, tokens: int = SAMPLE_TOKENS) -> list[Ints]:
     """Windows of the parity data, special tokens included, int64 [length] each, until there are enough tokens."""
     seen: list[Ints] = []
@@ -89,6 +110,9 @@ def summary(report: Report) -> str:
         f"{'packed' if report.packed else 'one segment each'}; logits differ by at most "
         f"{logits.max_difference:.1e}, {logits.ties} ties, {logits.differences} differences in {logits.tokens} tokens"
     ]
+    if tried := report.min_scores_tried:
+        best = max(tried, key=tried.__getitem__)  # the first of equal ones
+        lines.append(f"spans below {best} are left out: F1 {tried[best]:.4f}, with all spans {tried['0']:.4f}")
     for precision, result in report.variants.items():
         scores = "" if result.f1 is None else f", F1 {result.f1:.4f} (PyTorch {result.reference_f1:.4f})"
         lines.append(f"{precision}: {result.spans} spans, {result.agreement:.2%} equal{scores}")

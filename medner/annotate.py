@@ -62,8 +62,8 @@ class Options:
     precision: auto, fp32, fp16 or int8. device: auto, cpu, cuda or cuda:N. window: tokens, special ones included; None
     takes the bundle's. threads: inference threads; None takes the CPUs this process may use, on CUDA two. batch_tokens:
     padded tokens of one inference call; None takes :data:`BATCH_TOKENS`, on CUDA what :meth:`Session.probe` finds.
-    min_score: spans below it are left out. reuse: infer equal windows once, on CUDA once in each stream. text_column:
-    the column that holds the notes. Raises :class:`UsageError` for numbers out of range.
+    min_score: spans below it are left out; None takes the bundle's. reuse: infer equal windows once, on CUDA once in
+    each stream. text_column: the column that holds the notes. Raises :class:`UsageError` for numbers out of range.
     """
 
     precision: str = "auto"
@@ -71,7 +71,7 @@ class Options:
     window: int | None = None
     threads: int | None = None
     batch_tokens: int | None = None
-    min_score: float = 0.0
+    min_score: float | None = None
     reuse: bool = True
     text_column: str = "text"
 
@@ -81,7 +81,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be 1 or more")
-        if not 0 <= self.min_score <= 1:  # NaN is not either
+        if self.min_score is not None and not 0 <= self.min_score <= 1:  # NaN is not either
             raise UsageError(f"min_score is {self.min_score}; it must lie between 0 and 1")
 
 
@@ -116,6 +116,7 @@ class Annotator:
         """
         self.bundle = bundle
         self.options = options
+        self.min_score = bundle.min_score if options.min_score is None else options.min_score
         self.precision = precision
         self.session = session
         self.notice = ""
@@ -390,7 +391,7 @@ class Annotator:
         # A mention never crosses a blank line, a list item or the end of a sentence.
         breaks[tokens.word_bounds] = True
         words = decode.spans(tags[tokens.word_token], probabilities[tokens.word_token], breaks[:-1], self._tags)
-        sure = words.score >= self.options.min_score
+        sure = words.score >= self.min_score
         first, last = words.first[sure], words.last[sure]
         segment = np.searchsorted(tokens.word_bounds, first, side="right") - 1
         chars = {number: tokens.chars(number) for number in set(segment.tolist())}

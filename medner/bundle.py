@@ -69,7 +69,8 @@ class Bundle:
     labels: the model's classes in the order of its outputs. window: tokens a window may have, special tokens included.
     packed: whether a window holds as many segments as fit, or one.
     files: SHA-256 of every other file that is used. foreign: true without ``medner.json``. card: the rest of
-    ``medner.json`` (parity, training, scores, licence), empty for a foreign model.
+    ``medner.json`` (parity, training, scores, licence), empty for a foreign model. min_score: spans below it are left
+    out where nobody asks for another.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class Bundle:
     files: Mapping[str, str]
     foreign: bool
     card: Mapping[str, Any] = field(default_factory=dict)
+    min_score: float = 0.0
 
     def tokenizer_json(self) -> str:
         """Text of ``tokenizer.json``."""
@@ -218,7 +220,7 @@ def _own(path: Path, name: str) -> Bundle:
         labels, window, packed = card["labels"], _integer(card["window"]), {True: True, False: False}[card["packed"]]
         variants = {precision: _own_variant(precision, entry) for precision, entry in card["variants"].items()}
         files = {_plain_path(key): _digest(value) for key, value in card["files"].items()}
-        title = _plain_name(card.get("name", name))
+        title, min_score = _plain_name(card.get("name", name)), _share(card.get("min_score", 0.0))
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise ModelError(f"{path / MANIFEST}: not a bundle description ({type(exc).__name__} {_shown(exc)})") from exc
     if missing := {"config.json", "tokenizer.json"} - files.keys():
@@ -227,7 +229,8 @@ def _own(path: Path, name: str) -> Bundle:
         _check_hash(path, file, digest, _MAX_FILE)
     rest = {key: value for key, value in card.items() if key not in _OWN_KEYS}
     files[MANIFEST] = sha256_of(path / MANIFEST)
-    return Bundle(path, title, _check_labels(labels, path / MANIFEST), window, packed, variants, files, False, rest)
+    known = _check_labels(labels, path / MANIFEST)
+    return Bundle(path, title, known, window, packed, variants, files, False, rest, min_score)
 
 
 def _own_variant(precision: str, entry: Mapping[str, Any]) -> Variant:
@@ -238,7 +241,7 @@ def _own_variant(precision: str, entry: Mapping[str, Any]) -> Variant:
     )
 
 
-_OWN_KEYS = ("files", "variants", "labels", "window", "packed")
+_OWN_KEYS = ("files", "variants", "labels", "window", "packed", "min_score")
 
 
 def _plain_path(name: str) -> str:
@@ -266,6 +269,12 @@ def _integer(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is no count")
     return value
+
+
+def _share(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError(f"{value!r} is no share of one")
+    return float(value)
 
 
 def _shown(value: Any) -> str:
@@ -473,6 +482,8 @@ def describe(bundle: Bundle) -> str:
         f"window    {bundle.window} tokens, {'as many segments as fit' if bundle.packed else 'one segment'}"
         + (", not recorded by the model" if bundle.foreign else ""),
     ]
+    if bundle.min_score:
+        lines.append(f"scores    spans below {bundle.min_score:g} are left out (--min-score 0 gives them, too)")
     for precision, variant in bundle.variants.items():
         lines.append(f"{precision:<9} {variant.file}, {variant.bytes / 1e6:.1f} MB, SHA-256 {variant.sha256[:16]}...")
     try:
@@ -502,7 +513,14 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(
-    path: Path, *, name: str, labels: tuple[str, ...], window: int, packed: bool, card: Mapping[str, Any]
+    path: Path,
+    *,
+    name: str,
+    labels: tuple[str, ...],
+    window: int,
+    packed: bool,
+    card: Mapping[str, Any],
+    min_score: float = 0.0,
 ) -> None:
     """Write ``medner.json`` for the files that lie in a directory; ``card`` adds parity, training, scores, licence."""
     found = {name: _read_variant(path, file) for name, file in VARIANT_FILES.items() if (path / file).is_file()}
@@ -517,6 +535,7 @@ def write_manifest(
         "labels": list(labels),
         "window": window,
         "packed": packed,
+        **({"min_score": min_score} if min_score else {}),
         "variants": variants,
         "files": {file: sha256_of(path / file) for file in used},
         **card,

@@ -55,6 +55,11 @@ _labels = click.option(
 )
 
 
+_min_score = click.option(
+    "--min-score", type=click.FloatRange(0, 1), help="Drop spans below it.  [default: the bundle's]"
+)
+
+
 def _print(message: str, *, err: bool = False) -> None:
     """Print a result. Raises :class:`OutputError` where standard output is full."""
     try:
@@ -123,7 +128,7 @@ def cli() -> None:
 @click.option("--threads", type=click.IntRange(1, 4096), help="Inference threads.  [default: the CPUs there are]")
 @click.option("--batch-tokens", type=click.IntRange(1, 2**31 - 1), help="Tokens of one inference call.")
 @click.option("--part-rows", type=click.IntRange(1, 2**31 - 1), default=5000, show_default=True, help="Rows of a part.")
-@click.option("--min-score", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Drop spans below it.")
+@_min_score
 @click.option("--limit", type=click.IntRange(0, 2**63 - 1), help="Read at most this many rows.")
 @click.option("--resume", is_flag=True, help="Go on where an earlier run of the directory stopped, or start.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
@@ -271,17 +276,28 @@ def train(inspect: int | None, **given: Any) -> None:
 @_labels
 @click.option("--window", default="auto", show_default=True, metavar="auto|N", help="auto: best on labelled documents.")
 @click.option("--one-segment", is_flag=True, help="With --window N: a segment a window, not as many as fit.")
+@click.option(
+    "--min-score",
+    default="0",
+    show_default=True,
+    metavar="auto|P",
+    help="The bundle leaves spans below it out; auto: best on labelled text.",
+)
 @click.option("--name", help="Name of the bundle.  [default: the directory's]")
 @click.option("--licence", help="Licence of the weights, for the record.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle.")
-def export(window: str, one_segment: bool, **given: Any) -> None:
+def export(window: str, one_segment: bool, min_score: str, **given: Any) -> None:
     """Export a checkpoint to ONNX and prove that every variant finds what PyTorch finds."""
     from medner import export as exporting
 
     if window != "auto" and not window.isdecimal():
         raise click.UsageError(f"--window {window}: use auto or a number of tokens")
     size = None if window == "auto" else int(window)
-    options = exporting.ExportOptions(**given, window=size, packed=not one_segment)
+    try:
+        least = None if min_score == "auto" else float(min_score)
+    except ValueError as exc:
+        raise click.UsageError(f"--min-score {min_score}: use auto or a number from 0 to 1") from exc
+    options = exporting.ExportOptions(**given, window=size, packed=not one_segment, min_score=least)
     _print(exporting.export(options))
 
 
@@ -300,6 +316,7 @@ def export(window: str, one_segment: bool, **given: Any) -> None:
     help="Variant of the bundle.",
 )
 @click.option("--window", type=click.IntRange(min=8), help="Tokens of a window.  [default: the bundle's]")
+@_min_score
 @click.option("--wrap", type=click.IntRange(min=2), metavar="N", help="Break the lines after N characters first.")
 @click.option("--json", "target", type=_PATH, metavar="FILE", help="Write the scores there, too.")
 def evaluate(
@@ -321,8 +338,11 @@ def evaluate(
     if target is not None:
         asked = {"data": data, "split": split, "labels_renamed": labels, "wrap": wrap}
         facts = {"model": model, "precision": annotator.precision, **asked, "window": annotator.bundle.window}
-        sinks.write_json(target, facts | scores.as_dict())
-    _print(f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}, on {data} ({split})")
+        sinks.write_json(target, facts | {"min_score": annotator.min_score} | scores.as_dict())
+    kept = f", spans from {annotator.min_score:g} up" if annotator.min_score else ""
+    _print(
+        f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}{kept}, on {data} ({split})"
+    )
     _print(f"{scores.documents} documents, scored on {scores.unit}\n{score.table(scores)}")
 
 

@@ -52,10 +52,15 @@ def fit_labels(annotator: Annotator, documents: Sequence[Document]) -> list[Docu
 
 def find(annotator: Annotator, documents: Sequence[Document]) -> Found:
     """The spans of each document's text."""
+    return [[(start, end, label) for start, end, label, _ in spans] for spans in find_scored(annotator, documents)]
+
+
+def find_scored(annotator: Annotator, documents: Sequence[Document]) -> list[list[tuple[int, int, str, float]]]:
+    """The spans of each document's text with their scores."""
     column = pa.array([document.text for document in documents], pa.large_string())
     batch = pa.record_batch({annotator.options.text_column: column})
     return [
-        [(span["start"], span["end"], span["label"]) for span in spans]
+        [(span["start"], span["end"], span["label"], span["score"]) for span in spans]
         for spans in annotator(batch).column("spans").to_pylist()
     ]
 

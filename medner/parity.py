@@ -63,7 +63,8 @@ class VariantParity:
 class Report:
     """What the gate saw; it goes into the bundle.
 
-    int8_scales: fixed, or a row's own. fp16_operators: what was fused for GPUs.
+    windows_tried, min_scores_tried: F1 of each, where one was to be chosen. int8_scales: fixed, or a row's own.
+    fp16_operators: what was fused for GPUs.
     """
 
     data: str
@@ -71,6 +72,7 @@ class Report:
     window: int
     packed: bool
     windows_tried: dict[str, float] = field(default_factory=dict)
+    min_scores_tried: dict[str, float] = field(default_factory=dict)
     logits: LogitParity = field(default_factory=LogitParity)
     variants: dict[str, VariantParity] = field(default_factory=dict)
     int8_scales: str = ""
@@ -114,8 +116,8 @@ class Gate:
         self._bundle = bundle
         self._torch = reference
         self._data = data
-        # Without reuse, every window goes through both models.
-        self._options = Options(reuse=False, threads=threads)
+        # Without reuse, every window goes through both models; and all spans count, whatever their score.
+        self._options = Options(reuse=False, threads=threads, min_score=0.0)
         self._gold = evaluate.fit_labels(self._annotator(self._torch, "fp32"), data.documents)
         self.report = Report(data.name, len(data.documents), bundle.window, bundle.packed)
         self._reference: evaluate.Found | None = None

@@ -318,7 +318,7 @@ def _description(
             "max_rejected": options.max_rejected,
             "threads": facts.threads,
             "batch_tokens": facts.batch_tokens,
-            "min_score": options.annotate.min_score,
+            "min_score": facts.min_score,
             "reuse": options.annotate.reuse,
             "read": asdict(options.read) | {"keep": list(options.read.keep)},
         },

@@ -35,13 +35,18 @@ _GRACE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What really runs. batch_tokens and threads are those of each process; notice: a line for a person, or empty."""
+    """What really runs.
+
+    batch_tokens and threads are those of each process; min_score: spans below it are left out; notice: a line for a
+    person, or empty.
+    """
 
     precision: str
     device: str
     provider: str
     threads: int
     batch_tokens: int
+    min_score: float
     notice: str
 
     @classmethod
@@ -55,6 +60,7 @@ class Facts:
             session.provider,
             annotator.threads,
             annotator.batch_tokens,
+            annotator.min_score,
             annotator.notice,
         )
 

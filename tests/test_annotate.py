@@ -15,6 +15,7 @@ import threading
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,17 @@ def test_min_score_leaves_spans_out() -> None:
     strict = testing.annotator(Options(min_score=limit))
     assert strict(note) == [span for span in everything if span.score >= limit]
     assert strict(as_batch([note])).column("n_spans").to_pylist() == [2]
+
+
+@pytest.mark.parametrize(("asked", "left"), [(None, 2), (0.0, 3), (1.0, 0)])
+def test_min_score_of_the_bundle(asked: float | None, left: int) -> None:
+    """It counts where nobody asks for another; zero asks for all spans."""
+    tiny = testing.annotator()
+    note = "asthma, type 2 diabetes, fever"
+    limit = sorted(span.score for span in tiny(note))[1]
+    bundle = replace(tiny.bundle, min_score=limit)
+    annotator = Annotator(bundle, tiny.session, Options(min_score=asked), precision="fp32", session=tiny.session)
+    assert len(annotator(note)) == left
 
 
 def test_what_is_no_batch(tiny: Annotator) -> None:

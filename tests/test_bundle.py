@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,9 @@ def test_other_format_version(own: Build) -> None:
         ({"variants": {"fp32": None}}, "TypeError 'NoneType' object is not subscriptable"),
         ({"window": "wide"}, "ValueError 'wide' is no count"),
         ({"window": None}, "ValueError None is no count"),
+        ({"min_score": True}, "ValueError True is no share of one"),
+        ({"min_score": math.nan}, "ValueError nan is no share of one"),
+        ({"min_score": 1.5}, "ValueError 1.5 is no share of one"),
         ({"name": "two\nlines"}, "ValueError 'two\\nlines' is no name"),
     ],
 )
@@ -217,9 +221,13 @@ def test_written_description_is_read_back(tmp_path: Path, tiny_parts: dict[str, 
     write(tmp_path, {name: content for name, content in tiny_parts.items() if name != "medner.json"})
     (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     labels = ("O", "B-X", "I-X")
-    bundle.write_manifest(tmp_path, name="mine", labels=labels, window=24, packed=False, card={"licence": "MIT"})
+    bundle.write_manifest(
+        tmp_path, name="mine", labels=labels, window=24, packed=False, card={"licence": "MIT"}, min_score=0.75
+    )
     found = bundle.load(tmp_path)
     assert (found.name, found.labels, found.window, found.packed) == ("mine", labels, 24, False)
+    assert (found.min_score, bundle.load("tiny").min_score) == (0.75, 0.0)
+    assert "\nscores    spans below 0.75 are left out (--min-score 0 gives them, too)\n" in bundle.describe(found)
     assert found.files["tokenizer_config.json"] == sha(b"{}")
     assert found.card["licence"] == "MIT"
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 16}', encoding="utf-8")

@@ -72,8 +72,19 @@ def test_scores_on_the_data_sets_own_tokens(conll: Path, capfd: pytest.CaptureFi
     assert row.split()[:4] == ["Disease", "100.00", "75.00", "85.71"]
     assert row.split()[-1] == "4"
     result = json.loads((conll / "s.json").read_text())
-    facts = ("model", "precision", "data", "split", "labels_renamed", "wrap", "window", "documents", "unit")
-    assert [result[name] for name in facts] == [TINY, "fp32", str(conll), "test", {}, None, 32, 3, "tokens"]
+    facts = (
+        "model",
+        "precision",
+        "data",
+        "split",
+        "labels_renamed",
+        "wrap",
+        "window",
+        "min_score",
+        "documents",
+        "unit",
+    )
+    assert [result[name] for name in facts] == [TINY, "fp32", str(conll), "test", {}, None, 32, 0.0, 3, "tokens"]
     overall = result["overall"]
     assert 0 <= overall.pop("low") <= overall["f1"] <= overall.pop("high") <= 1
     assert overall == {"precision": 1.0, "recall": 0.75, "f1": 6 / 7, "tp": 3, "fp": 0, "fn": 1, "support": 4}
@@ -90,6 +101,11 @@ def test_scores_on_exact_offsets(jsonl: Path, capfd: pytest.CaptureFixture[str])
         result = json.loads(out.read_text())
         assert [result["overall"][name] for name in ("tp", "fp", "fn", "f1")] == [1, 2, 2, 1 / 3]
         assert (result["wrap"], result["window"]) == (9 if "--wrap" in arguments else None, 32 - 16 * (16 in arguments))
+    _, output, _ = call(capfd, "evaluate", "--model", TINY, "--data", jsonl, "--json", out, "--min-score", 0.99)
+    assert output.startswith(f"tiny fp32, window 32, spans from 0.99 up, on {jsonl} (test)\n")
+    result = json.loads(out.read_text())
+    assert [result["overall"][name] for name in ("tp", "fp", "fn")] == [0, 0, 3]
+    assert result["min_score"] == 0.99
 
 
 def test_labels_of_the_data_are_renamed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Checkpoint to bundle: the parity gate and what fails it, the choice of the window, the layout."""
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterator
@@ -264,6 +265,7 @@ def test_manifest_of_a_bundle(checkpoint: Path, notes: Path, exported: tuple[Pat
         "window": 128,
         "packed": True,
         "windows_tried": {"one segment": 1.0, "64": 1.0, "96": 1.0, "128": 1.0},
+        "min_scores_tried": {},
         "logits": {"tokens": tokens + 2 * windows, "ties": 0, "differences": 0},
         "variants": {"fp32": scores, "int8": scores},
         "int8_scales": "fixed",
@@ -410,6 +412,38 @@ def test_what_training_recorded(checkpoint: Path, notes: Path, tmp_path: Path) -
     card = bundles.load(tmp_path / "b").card
     assert card["training"] == {"options": {"window": 32}, "devel": 0.5}
     assert card["parity"]["windows_tried"] == {}
+
+
+@pytest.mark.usefixtures("no_optimum")
+@pytest.mark.parametrize("asked", [None, 0.6])
+def test_the_score_below_which_spans_are_left_out(
+    checkpoint: Path, notes: Path, tmp_path: Path, asked: float | None
+) -> None:
+    """It is chosen, or the one asked for; the gate compares all spans, and the bundle, its card and a run know it."""
+    said = export(ExportOptions(checkpoint, tmp_path / "b", str(notes), precisions=("fp32",), min_score=asked))
+    plain = export(ExportOptions(checkpoint, tmp_path / "c", str(notes), precisions=("fp32",)))
+    bundle, other = bundles.load(tmp_path / "b"), bundles.load(tmp_path / "c")
+    assert other.min_score == 0
+    tried = bundle.card["parity"]["min_scores_tried"]
+    if asked is None:
+        assert list(tried)[:3] == ["0", "0.05", "0.1"]
+        assert tried[f"{bundle.min_score:g}"] == max(tried.values())
+        lines = said.splitlines()
+        assert lines.pop(1).startswith(f"spans below {bundle.min_score:g} are left out: F1 ")
+        assert lines == plain.splitlines()
+    else:
+        assert (bundle.min_score, tried, said) == (0.6, {}, plain)
+        card = (tmp_path / "b" / "README.md").read_text()
+        assert "\n- Spans with a score below 0.6 are left out\n" in card
+    assert bundle.card["parity"]["variants"] == other.card["parity"]["variants"]
+
+
+@pytest.mark.parametrize("asked", [-0.1, 1.1, math.nan])
+def test_a_score_that_none_can_be(checkpoint: Path, notes: Path, tmp_path: Path, asked: float) -> None:
+    """It lies between 0 and 1."""
+    with pytest.raises(UsageError) as failure:
+        export(ExportOptions(checkpoint, tmp_path / "b", str(notes), min_score=asked))
+    assert str(failure.value) == f"--min-score {asked}: use auto or a number from 0 to 1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -891,3 +925,38 @@ def test_the_window_needs_labelled_documents() -> None:
     assert str(failure.value) == (
         "--window auto needs whole documents; devel.txt holds single sentences, which fit any window: pass --window N"
     )
+
+
+class Unsure:
+    """Marks every fever, with 0.67, and every asthma, with 0.47."""
+
+    def __call__(self, ids: Any, _: Any) -> Any:
+        """Logits of O, B and I."""
+        tokenizer = Tokenizer.from_file(str(testing.bundle() / "tokenizer.json"))
+        logits = np.zeros((*ids.shape, 3), np.float32)
+        logits[..., 0] = 1
+        logits[ids == tokenizer.token_to_id("fever"), 1] = 2
+        logits[ids == tokenizer.token_to_id("asthma"), 1] = 1.2
+        return logits
+
+
+def test_the_best_score_is_chosen() -> None:
+    """Of equal ones the lowest: what is not labelled is left out, and no more; nothing where all is right."""
+    right = fevers(6, 2)
+    wrong = replace(right, spans=right.spans[2:])
+    least, tried = verify.choose_min_score(bundles.load("tiny"), Unsure(), data(wrong))
+    assert least == 0.5
+    expected = [(0, 0.8), (0.45, 0.8), (0.5, 1.0), (0.65, 1.0), (0.7, 0.0), (0.95, 0.0)]
+    assert [(float(name), tried[name]) for name in ("0", "0.45", "0.5", "0.65", "0.7", "0.95")] == expected
+    # A bundle that leaves some out already has no say.
+    strict = replace(bundles.load("tiny"), min_score=0.9)
+    assert verify.choose_min_score(strict, Unsure(), data(wrong)) == (least, tried)
+    assert verify.choose_min_score(bundles.load("tiny"), Unsure(), data(right))[0] == 0
+
+
+def test_a_score_needs_labels() -> None:
+    """Plain notes cannot choose one."""
+    plain = parity.ParityData("notes.csv", [Document("0", "fever", ())], False)
+    with pytest.raises(InputError) as failure:
+        verify.choose_min_score(bundles.load("tiny"), Unsure(), plain)
+    assert str(failure.value) == "--min-score auto needs labelled text; notes.csv has no labels: pass --min-score P"
