@@ -161,11 +161,15 @@ def _check(options: ExportOptions) -> None:
     if options.min_score is not None and not 0 <= options.min_score <= 1:  # NaN is not either
         raise UsageError(f"--min-score {options.min_score}: use auto or a number from 0 to 1")
     output = options.output
+    bundles.check_name(options.name or output.name)
     if output.exists():
         if not (output / bundles.MANIFEST).is_file():
             raise OutputError(f"{output}: exists and is no bundle; choose another -o")
         if not options.overwrite:
             raise OutputError(f"{output}: holds a bundle; choose another -o, or pass --overwrite")
+        for given in (options.checkpoint, Path(options.parity_data)):
+            if given.resolve().is_relative_to(output.resolve()):
+                raise UsageError(f"{given} lies in the output {output}, which is replaced; choose another -o")
 
 
 def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, report: Mapping[str, Any]) -> None:

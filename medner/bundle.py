@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medner import graphfile
-from medner.errors import DeviceError, ModelError
+from medner.errors import DeviceError, ModelError, UsageError
 
 FORMAT_VERSION = 1
 MANIFEST = "medner.json"
@@ -257,6 +257,16 @@ def _plain_name(name: Any) -> str:
     if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
         raise ValueError(f"{name!r} is no name")
     return name
+
+
+def check_name(name: str) -> None:
+    """Raise :class:`UsageError` for a name that no bundle can have."""
+    try:
+        _plain_name(name)
+    except ValueError as exc:
+        raise UsageError(
+            f"{_shown(name)!r}: a bundle's name is printable text of 1 to {_MAX_NAME} characters; pass another --name"
+        ) from exc
 
 
 def _digest(value: Any) -> str:
@@ -540,4 +550,6 @@ def write_manifest(
         "files": {file: sha256_of(path / file) for file in used},
         **card,
     }
-    (path / MANIFEST).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # A path in it may be no valid Unicode.
+    (path / MANIFEST).write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -292,6 +292,8 @@ def export(window: str, one_segment: bool, min_score: str, **given: Any) -> None
 
     if window != "auto" and not window.isdecimal():
         raise click.UsageError(f"--window {window}: use auto or a number of tokens")
+    if one_segment and window == "auto":
+        raise click.UsageError("--one-segment goes with --window N; auto chooses both")
     size = None if window == "auto" else int(window)
     try:
         least = None if min_score == "auto" else float(min_score)
@@ -326,7 +328,7 @@ def evaluate(
 
     Tokenized data is scored on its own tokens as seqeval does (strict, IOB2), other data on exact character offsets.
     """
-    from medner import datasets, score, sinks
+    from medner import datasets, score, sinks, sources
     from medner import evaluate as evaluation
     from medner.annotate import Options
 
@@ -336,12 +338,14 @@ def evaluate(
     annotator = evaluation.open_model(model, Options(**given))
     scores = evaluation.evaluate(annotator, evaluation.hard_wrapped(documents, wrap) if wrap else documents)
     if target is not None:
-        asked = {"data": data, "split": split, "labels_renamed": labels, "wrap": wrap}
-        facts = {"model": model, "precision": annotator.precision, **asked, "window": annotator.bundle.window}
-        sinks.write_json(target, facts | {"min_score": annotator.min_score} | scores.as_dict())
+        asked = {"data": sources.printable(data), "split": split, "labels_renamed": labels, "wrap": wrap}
+        used = {"window": annotator.bundle.window, "min_score": annotator.min_score}
+        facts = {"model": sources.printable(model), "precision": annotator.precision, **asked, **used}
+        sinks.write_json(target, facts | scores.as_dict())
     kept = f", spans from {annotator.min_score:g} up" if annotator.min_score else ""
+    place = sources.printable(data)
     _print(
-        f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}{kept}, on {data} ({split})"
+        f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}{kept}, on {place} ({split})"
     )
     _print(f"{scores.documents} documents, scored on {scores.unit}\n{score.table(scores)}")
 

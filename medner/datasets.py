@@ -31,6 +31,8 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
 UNNAMED = "Entity"
 
 _SUFFIXES = frozenset({".tsv", ".txt", ".conll", ".iob", ".iob2", ".bio", ".jsonl", ".pubtator"})
+#: What no data set's name on the hub ends in, either: files of notes, and others that may be meant.
+_NOT_ON_A_HUB = frozenset({".csv", ".parquet", ".gz", ".zst", ".bz2", ".json", ".ndjson", ".xml", ".xlsx", ".zip"})
 _TITLE_OR_ABSTRACT = re.compile(r"([^|\t]+)\|([ta])\|(.*)", re.DOTALL)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SINGLE = frozenset("ESLU")
@@ -47,13 +49,21 @@ class Document:
     """One labelled text: a sentence of a tokenized data set, or a whole note or article.
 
     spans: (start, end, label) in Unicode code points, end exclusive, sorted and without overlap. tokens: offsets of the
-    data set's own tokens in the text where it is tokenized, else None.
+    data set's own tokens in the text where it is tokenized, else None. covered: spans that were left out because they
+    overlap a longer one.
     """
 
     id: str
     text: str
     spans: tuple[Span, ...]
     tokens: tuple[tuple[int, int], ...] | None = None
+    covered: tuple[Span, ...] = ()
+
+    def of_label(self, label: str) -> Document:
+        """The document with the spans of one label alone, those that one of another label covers included."""
+        return replace(
+            self, spans=disjoint(span for span in (*self.spans, *self.covered) if span[2] == label), covered=()
+        )
 
 
 def load(data: str | Path, split: str, labels: Mapping[str, str] | None = None) -> list[Document]:
@@ -183,14 +193,18 @@ def _rename(documents: Iterable[Document], rename: Callable[[str], str]) -> list
 
 def _without_overlaps(documents: list[Document], data: str) -> list[Document]:
     """Keep the longest of spans that overlap, which of nested ones is the outermost."""
-    kept = [replace(document, spans=_disjoint(document.spans)) for document in documents]
-    dropped = sum(len(before.spans) - len(after.spans) for before, after in zip(documents, kept, strict=True))
+    kept = []
+    for document in documents:
+        spans = disjoint(document.spans)
+        kept.append(replace(document, spans=spans, covered=tuple(span for span in document.spans if span not in spans)))
+    dropped = sum(len(document.covered) for document in kept)
     if dropped:
         _log.warning("%s: %d spans that overlap a longer one were dropped", data, dropped)
     return kept
 
 
-def _disjoint(spans: Iterable[Span]) -> tuple[Span, ...]:
+def disjoint(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The longest of spans that overlap, sorted."""
     kept: list[Span] = []
     for span in sorted(spans, key=lambda span: (span[0] - span[1], span)):
         if all(span[1] <= start or end <= span[0] for start, end, _ in kept):
@@ -207,7 +221,14 @@ def _split_file(directory: Path, split: str) -> Path:
     names = SPLITS[split]
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix.lower() in _SUFFIXES)
     exact = [path for path in files if path.stem.lower() in names]
-    found = exact or [path for path in files if any(name in path.stem.lower() for name in names[:2])]
+    others = [name for other, known in SPLITS.items() if other != split for name in known[:2]]
+    found = exact or [
+        path
+        for path in files
+        if any(name in path.stem.lower() for name in names[:2])
+        # "latest_train" is no test split.
+        and not any(name in path.stem.lower() for name in others)
+    ]
     if not found:
         raise InputError(f"{directory}: no file for the {split} split; expected a name like {split}.tsv")
     if len(found) > 1:
@@ -350,7 +371,7 @@ def _json_span(span: object, text: str, place: str) -> Span:
 
 def _looks_like_hub_name(data: str) -> bool:
     """Whether it is one, and no path with an error in it: what lies in a directory that is here stays here."""
-    is_path = Path(data).suffix.lower() in _SUFFIXES or os.path.isdir(os.path.dirname(data))  # noqa: PTH112, PTH120
+    is_path = Path(data).suffix.lower() in (_SUFFIXES | _NOT_ON_A_HUB) or os.path.isdir(os.path.dirname(data))  # noqa: PTH112, PTH120
     return bool(_HUB_NAME.fullmatch(data)) and not is_path
 
 

@@ -45,9 +45,8 @@ def fit_labels(annotator: Annotator, documents: Sequence[Document]) -> list[Docu
     if len(annotator.types) != 1:
         return list(documents)
     (label,) = annotator.types
-    if label not in datasets.labels_of(documents):
-        return datasets.relabel(documents, label)
-    return [replace(d, spans=tuple(span for span in d.spans if span[2] == label)) for d in documents]
+    own = [document.of_label(label) for document in documents]
+    return own if any(document.spans for document in own) else datasets.relabel(documents, label)
 
 
 def find(annotator: Annotator, documents: Sequence[Document]) -> Found:

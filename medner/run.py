@@ -242,7 +242,7 @@ def _check_apart(inputs: Iterable[str], files: Iterable[sources.InputFile], outp
 
 
 #: Suffixes of files that medner does not write; a run directory of such a name would be taken for one.
-_NOT_WRITTEN = frozenset({".csv", ".tsv", ".txt", ".json", ".gz", ".zst", ".bz2"})
+_NOT_WRITTEN = frozenset({".csv", ".tsv", ".txt", ".json", ".ndjson", ".gz", ".zst", ".bz2"})
 
 
 def _output_format(options: RunOptions) -> str:

@@ -305,13 +305,13 @@ def sizes(files: Iterable[InputFile]) -> list[dict[str, Any]]:
     """What is to be read, before it is: ``source`` and ``bytes`` of each table.
 
     Text files, whose names may be ids, are one record for each run of them: ``text_files``, ``bytes`` and a ``sha256``
-    over the lines ``source NUL bytes LF`` in order.
+    over the lines ``source LF`` in order.
     """
     found: list[dict[str, Any]] = []
     for texts, group in groupby(files, key=lambda file: file.kind == "text"):
         listed = [(file.source, file.size()) for file in group]
         if texts:
-            names = hashlib.sha256("".join(f"{source}\0{size}\n" for source, size in listed).encode()).hexdigest()
+            names = hashlib.sha256("".join(f"{source}\n" for source, _ in listed).encode()).hexdigest()
             total = sum(size or 0 for _, size in listed)
             found.append({"text_files": len(listed), "bytes": total, "sha256": names})
         else:
@@ -765,7 +765,7 @@ def _type(kind: pa.DataType) -> str:
 
 def _check_names(file: InputFile, names: Sequence[str], options: ReadOptions, found: str) -> str | None:
     """Refuse a table without a column that is named, or with two; returns its id column, None if it has none."""
-    id_column = options.id_column or "note_id"
+    id_column = _id_column(options)
     for name, option in _named_columns(options):
         if name not in names:
             raise _no_column(file, name, option, found)
@@ -773,6 +773,11 @@ def _check_names(file: InputFile, names: Sequence[str], options: ReadOptions, fo
         if names.count(name) > 1:
             raise InputError(f"{file} has more than one column {name!r}; rename all but one")
     return id_column if id_column in names else None
+
+
+def _id_column(options: ReadOptions) -> str:
+    """The one that was named, which may have no name, else the one that is looked for."""
+    return "note_id" if options.id_column is None else options.id_column
 
 
 def _named_columns(options: ReadOptions) -> list[tuple[str, str]]:
@@ -803,7 +808,7 @@ def _json_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions,
     that follow one may be given that is not the file's.
     """
     most = HELD_PER_NOTE * options.max_note_bytes + _CHUNK
-    column, id_column, keep = options.text_column, options.id_column or "note_id", options.keep
+    column, id_column, keep = options.text_column, _id_column(options), options.keep
     nothing: _Kept = (None,) * len(keep)
     unseen = {name for name, _ in _named_columns(options)}
     objects = 0
@@ -1018,7 +1023,8 @@ def _check_parquet(file: InputFile, arrow: pa.Schema, options: ReadOptions) -> s
     numbers = pa.types.is_integer(plain) or pa.types.is_floating(plain) or pa.types.is_decimal(plain)
     if not (is_text(plain) or numbers or pa.types.is_null(plain)):
         raise InputError(
-            f"{file}: column {id_column!r} holds {_type(kind)}, not strings or numbers; name another id column"
+            f"{file}: column {id_column!r} holds {_type(kind)}, not strings or numbers; cast it to a string, or name "
+            "another"
         )
     return id_column
 

@@ -442,6 +442,8 @@ def _prepare(
     labels = datasets.labels_of(data["train"])
     if not labels:
         raise InputError(f"{', '.join(options.data)}: the train split has no labelled span")
+    if options.max_documents is None and not datasets.labels_of(data["devel"]):
+        raise InputError(f"{', '.join(options.data)}: the devel split has no labelled span, so it can choose no epoch")
     unseen = sorted(set(datasets.labels_of(data["devel"])) - set(labels))
     if unseen and options.max_documents is None:
         raise InputError(f"{', '.join(options.data)}: devel has the label {unseen[0]}, which train has not; rename it")
@@ -1025,7 +1027,9 @@ def _metrics(
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # A path in it may be no valid Unicode.
+    draft.write_text(text, encoding="utf-8", errors="backslashreplace")
     draft.replace(path)
 
 

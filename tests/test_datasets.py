@@ -74,6 +74,7 @@ def test_conll_columns_and_line_ends(tmp_path: Path) -> None:
         (("NCBItrainset_corpus.txt", "NCBIdevelopset_corpus.txt"), "devel", "NCBIdevelopset_corpus.txt"),
         (("CDR_TestSet.txt", "CDR_TrainingSet.txt", "test.iob"), "test", "test.iob"),
         (("train.tsv", "train_dev.md", "eng.dev.conll"), "devel", "eng.dev.conll"),
+        (("latest_train.tsv", "new_testset.tsv"), "test", "new_testset.tsv"),
     ],
 )
 def test_split_files_are_found_by_name(tmp_path: Path, names: tuple[str, ...], split: str, found: str) -> None:
@@ -93,6 +94,9 @@ def test_ambiguous_and_missing_splits(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load(str(tmp_path), "test")
     assert str(error.value) == f"{tmp_path}: no file for the test split; expected a name like test.tsv"
+    write(tmp_path / "latest_train.tsv", IOB2)  # which is none
+    with pytest.raises(InputError, match="no file for the test split"):
+        load(str(tmp_path), "test")
     with pytest.raises(InputError, match="no split 'dev'; name one of train, devel, test"):
         load(str(tmp_path), "dev")
 
@@ -110,7 +114,9 @@ def test_pubtator(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         documents = load(str(path), "test")
     assert documents == [
-        Document("1", "Knee pain A 𝛼-gout case|x. ", ((0, 9, "Sign"), (12, 18, "Disease"))),
+        Document(
+            "1", "Knee pain A 𝛼-gout case|x. ", ((0, 9, "Sign"), (12, 18, "Disease")), covered=((14, 18, "Disease"),)
+        ),
         Document("2", "Only a title", ()),
         Document("3", "Gout ", ((0, 4, "Disease"),)),
     ]
@@ -198,7 +204,7 @@ def test_jsonl(tmp_path: Path) -> None:
     assert load(str(tmp_path), "devel") == load(str(path), "test")
     assert load(str(path), "test") == [
         Document("7", "Gout é here", ((5, 6, "X"),)),
-        Document("n", "acute gout", ((0, 10, "X"),)),
+        Document("n", "acute gout", ((0, 10, "X"),), covered=((6, 10, "Y"),)),
         Document("row-3", "", ()),
     ]
 
@@ -272,7 +278,7 @@ def test_invalid_utf8_is_named(tmp_path: Path) -> None:
     assert str(error.value) == f"{path}:2: not UTF-8; convert the file first"
 
 
-@pytest.mark.parametrize("data", ["nowhere.tsv", "./nowhere", "a/b/c"])
+@pytest.mark.parametrize("data", ["nowhere.tsv", "./nowhere", "a/b/c", "notes.csv", "notes.jsonl.gz", "a/n.parquet"])
 def test_missing_files_are_no_hub_names(data: str) -> None:
     """What cannot be a hub name is a missing file, without asking the network."""
     with pytest.raises(InputError) as error:

@@ -1,6 +1,7 @@
 """Scoring a model: by hand with the tiny bundle, on tokens and on offsets, wrapped, and as a PyTorch checkpoint."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,25 @@ def test_a_checkpoint_is_scored_as_pytorch_computes_it(
     found = sum(map(len, expected))
     overall = json.loads((tmp_path / "s.json").read_text())["overall"]
     assert (overall["tp"] + overall["fp"], overall["support"]) == (found, 4)
+
+
+def test_a_label_that_others_cover(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a model's only label all spans count, also those inside a longer one of another label."""
+    data, scores = tmp_path / "gold.jsonl", tmp_path / "s.json"
+    notes = [
+        {"text": "on fever drug for asthma", "spans": [[3, 8, "Disease"], [3, 13, "Drug"], [18, 24, "Disease"]]},
+        {"text": "heart failure today", "spans": [[0, 13, "Disease"], [0, 19, "Finding"]]},
+    ]
+    for number in range(2):
+        data.write_text("".join(json.dumps(note) + "\n" for note in notes[number:]))
+        code, _, _ = call(capfd, "evaluate", "--model", TINY, "--data", data, "--json", scores)
+        overall = json.loads(scores.read_text())["overall"]
+        assert (code, overall["f1"], overall["support"]) == (0, 1.0, 3 - 2 * number)
+
+
+def test_a_path_that_is_no_unicode(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is recorded as it can be printed."""
+    data, scores = tmp_path / os.fsdecode(b"gold\xff.jsonl"), tmp_path / "s.json"
+    data.write_text(json.dumps({"text": "asthma", "spans": [[0, 6, "Disease"]]}) + "\n")
+    code, _, _ = call(capfd, "evaluate", "--model", TINY, "--data", data, "--json", scores)
+    assert (code, json.loads(scores.read_text())["data"]) == (0, f"{tmp_path}/gold\\xff.jsonl")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -436,6 +437,34 @@ def test_the_score_below_which_spans_are_left_out(
         card = (tmp_path / "b" / "README.md").read_text()
         assert "\n- Spans with a score below 0.6 are left out\n" in card
     assert bundle.card["parity"]["variants"] == other.card["parity"]["variants"]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "n" * 201, os.fsdecode(b"b\xff")])
+def test_a_name_that_no_bundle_can_have(checkpoint: Path, notes: Path, tmp_path: Path, name: str) -> None:
+    """It is refused before any work, given or the directory's."""
+    out = tmp_path / "out"
+    for options in (
+        ExportOptions(checkpoint, out / "b", str(notes), name=name),
+        ExportOptions(checkpoint, out / name, str(notes)),
+    ):
+        with pytest.raises(UsageError, match="a bundle's name is printable text of 1 to 200 characters"):
+            export(options)
+    assert not out.exists()
+
+
+def test_a_checkpoint_inside_the_output(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
+    """It would go with the bundle that is replaced."""
+    output = Path(shutil.copytree(testing.bundle(), tmp_path / "b"))
+    inside = Path(shutil.copytree(checkpoint, output / "checkpoint"))
+    labelled = Path(shutil.copy(notes, output))
+    for options, place in (
+        (ExportOptions(inside, output, str(notes), overwrite=True), inside),
+        (ExportOptions(checkpoint, output, str(labelled), overwrite=True), labelled),
+    ):
+        with pytest.raises(UsageError) as failure:
+            export(options)
+        assert str(failure.value) == f"{place} lies in the output {output}, which is replaced; choose another -o"
+    assert (inside / "config.json").is_file()
 
 
 @pytest.mark.parametrize("asked", [-0.1, 1.1, math.nan])

@@ -793,7 +793,7 @@ def test_parquet_ids(tmp_path: Path, ids: pa.Array, expected: list[str]) -> None
         (
             {"text": ["x"], "note_id": [True]},
             {},
-            "{}: column 'note_id' holds bool, not strings or numbers; name another id column",
+            "{}: column 'note_id' holds bool, not strings or numbers; cast it to a string, or name another",
         ),
     ],
 )
@@ -879,6 +879,19 @@ def test_kept_parquet_types(tmp_path: Path) -> None:
     assert table.column("codes").combine_chunks().flatten().to_pylist() == list(range(2500))
     assert table.column("seen").combine_chunks().equals(seen)
     assert table.column("ward").cast(pa.string()).to_pylist() == ["ICU", "ER"] * 1250
+
+
+@pytest.mark.parametrize("name", ["n.csv", "n.jsonl", "n.parquet"])
+def test_an_id_column_without_a_name(tmp_path: Path, name: str) -> None:
+    """Such as the index that pandas writes: it is asked for by an empty name."""
+    path = tmp_path / name
+    if name == "n.csv":
+        write(path, ",text\nA7,fever\n")
+    elif name == "n.jsonl":
+        write_jsonl(path, {"": "A7", "text": "fever"})
+    else:
+        write_parquet(path, **{"": ["A7"], "text": ["fever"]})
+    assert [row["note_id"] for row in read(path, id_column="")] == ["A7"]
 
 
 def test_text_and_id_can_be_kept(tmp_path: Path) -> None:
