@@ -19,16 +19,17 @@ Found = list[list[Span]]
 def open_model(model: str, options: Options | None = None) -> Annotator:
     """An annotator for a bundle, a foreign ONNX model, or a PyTorch checkpoint directory."""
     path = Path(model)
-    weights = [f"{name}{part}" for name in ("model.safetensors", "pytorch_model.bin") for part in ("", ".index.json")]
-    if (
-        any((path / name).is_file() for name in weights)
-        and not any(path.glob("*.onnx"))
-        and not any(path.glob("onnx/*.onnx"))
-    ):
+    if holds_weights(path) and not any(path.glob("*.onnx")) and not any(path.glob("onnx/*.onnx")):
         from medner.pytorch import torch_annotator
 
         return torch_annotator(path, options)
     return Annotator.load(model, options)
+
+
+def holds_weights(checkpoint: Path) -> bool:
+    """Whether a directory has weights that PyTorch can load."""
+    names = [f"{name}{part}" for name in ("model.safetensors", "pytorch_model.bin") for part in ("", ".index.json")]
+    return any((checkpoint / name).is_file() for name in names)
 
 
 def evaluate(annotator: Annotator, documents: Sequence[Document]) -> score.Scores:

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from medner import bundle, datasets, sources, windows
+from medner import bundle, datasets, evaluate, sources, windows
 from medner.datasets import Document, Span
 from medner.errors import InputError, MissingPackage, ModelError, OutputError, UsageError
 from medner.score import tags_of
@@ -818,6 +818,8 @@ def _check_teacher(teacher: str, options: TrainOptions, tags: Sequence[str], tok
         raise ModelError(f"{teacher}: has another tokenizer than {options.base}; a teacher needs the same")
     if sorted(_tags_of(config)) != sorted(tags):
         raise ModelError(f"{teacher}: knows the tags {', '.join(_tags_of(config))}, and the data {', '.join(tags)}")
+    if _expanded(teacher).is_dir() and not evaluate.holds_weights(_expanded(teacher)):
+        raise ModelError(f"{teacher}: holds no weights of PyTorch, which a bundle has not; name a checkpoint")
     _check_window(options.window, config, own)
 
 

@@ -520,6 +520,10 @@ def test_teachers_are_checked_before_anything_is_written(
     given = replace(options, teachers=(str(tmp_path / "nothing"),), output=tmp_path / "out")
     with pytest.raises(ModelError, match="nothing: cannot be loaded"):
         train(given)
+    empty = shutil.copytree(result.output, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
+    (empty / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="empty: holds no weights of PyTorch"):
+        train(replace(given, teachers=(str(empty),)))
     assert not given.output.exists()
 
 
