@@ -94,6 +94,11 @@ def read_parity_data(
     name = Path(path).name
     if not Path(path).is_file() or not _is_plain(Path(path)):
         return ParityData(name, datasets.load(path, split, labels), True)
+    if labels:
+        raise InputError(
+            f"{path}: read as notes without labels, of which --label renames none; give labelled text uncompressed, as "
+            "CoNLL, PubTator or JSONL with spans"
+        )
     reader = sources.Reader(sources.discover([path]).files, sources.ReadOptions(text_column=text_column))
     notes = [text for batch in reader.batches() for text in batch.column("text").to_pylist() if text]
     if not notes:

@@ -29,6 +29,7 @@ from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, TypeAlias, cast
+from uuid import UUID
 
 import orjson
 import pyarrow as pa
@@ -568,6 +569,8 @@ def _read_id(value: object) -> tuple[str | None, Reason | None]:
         return None if math.isnan(value) else repr(value), None
     if isinstance(value, Decimal):
         return format(value, "f"), None
+    if isinstance(value, UUID):
+        return str(value), None
     return None, Reason.ID_TYPE
 
 
@@ -1021,7 +1024,7 @@ def _check_parquet(file: InputFile, arrow: pa.Schema, options: ReadOptions) -> s
     kind = arrow.field(id_column).type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     numbers = pa.types.is_integer(plain) or pa.types.is_floating(plain) or pa.types.is_decimal(plain)
-    if not (is_text(plain) or numbers or pa.types.is_null(plain)):
+    if not (is_text(plain) or numbers or pa.types.is_null(plain) or isinstance(plain, pa.UuidType)):
         raise InputError(
             f"{file}: column {id_column!r} holds {_type(kind)}, not strings or numbers; cast it to a string, or name "
             "another"

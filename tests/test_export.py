@@ -811,6 +811,8 @@ def test_plain_parity_data(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.csv", "c.parquet"):
         data = parity.read_parity_data(str(tmp_path / name))
         assert (data.name, data.labelled, [d.text for d in data.documents]) == (name, False, ["has asthma", "no fever"])
+    with pytest.raises(InputError, match=r"a\.jsonl: read as notes without labels, of which --label renames none"):
+        parity.read_parity_data(str(tmp_path / "a.jsonl"), labels={"*": "Problem"})
 
 
 def test_unusable_parity_data(tmp_path: Path) -> None:

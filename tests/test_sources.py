@@ -12,6 +12,7 @@ import math
 import os
 import random
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -892,6 +893,14 @@ def test_an_id_column_without_a_name(tmp_path: Path, name: str) -> None:
     else:
         write_parquet(path, **{"": ["A7"], "text": ["fever"]})
     assert [row["note_id"] for row in read(path, id_column="")] == ["A7"]
+
+
+def test_ids_that_are_uuids(tmp_path: Path) -> None:
+    """Parquet's own type of them, which DuckDB writes, in the form that everyone knows."""
+    ids = ["0c3c15bd-6cd8-48d9-9911-ddc2468455f9", None]
+    column = pa.array([None if one is None else uuid.UUID(one).bytes for one in ids], pa.uuid())
+    path = write_parquet(tmp_path / "n.parquet", text=["x", "y"], note_id=column)
+    assert [row["note_id"] for row in read(path)] == [ids[0], "n.parquet:1"]
 
 
 def test_text_and_id_can_be_kept(tmp_path: Path) -> None:
