@@ -616,10 +616,11 @@ def _state(path: Path) -> str | None:
 
     Hidden files are those of tools, such as a scheduler's, and drafts that a killed process left.
     """
-    if (path / RUN).is_file():
-        return "a finished run" if (path / MANIFEST).is_file() else "an unfinished run"
-    visible = [entry for entry in path.iterdir() if not entry.name.startswith(".")] if path.is_dir() else []
-    return None if {entry.name for entry in visible} - {LOCK} else "no run"
+    # In one look: between two of them another process may begin a run.
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if RUN in names and (path / RUN).is_file():
+        return "a finished run" if MANIFEST in names else "an unfinished run"
+    return None if {name for name in names if not name.startswith(".")} - {LOCK} else "no run"
 
 
 #: What a run leaves behind when it is killed, and what it writes. A part's notes file is its mark, so it goes before

@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -644,3 +645,24 @@ def test_file_sink_takes_no_manifest_of_other_files(tmp_path: Path) -> None:
         f"{tmp_path / 'out.manifest.json'}: belongs to out.parquet; choose another -o, or remove it"
     )
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_begins_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory in which another process begins a run while it is looked at is not taken for something else."""
+    path = tmp_path / "run"
+    path.mkdir()
+    seen: list[Path] = []
+    real = {name: getattr(Path, name) for name in ("is_file", "is_dir")}
+
+    def look(name: str, file: Path) -> bool:
+        found: bool = real[name](file)
+        if not seen and file.is_relative_to(path):
+            seen.append(file)
+            (path / "run.json").write_text("{}")
+            (path / "spans").mkdir()
+        return found
+
+    for name in real:
+        monkeypatch.setattr(Path, name, partialmethod(lambda file, name: look(name, file), name))
+    assert sinks._state(path) in ("no run", "an unfinished run")
+    assert seen
