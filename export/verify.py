@@ -24,7 +24,6 @@ ONE_SEGMENT = "one segment"
 #: two of one length the packed one. Windows of one segment each are as long as those that the model was trained on.
 WINDOW_TOLERANCE = 0.002
 
-
 #: Scores that ``--min-score auto`` tries.
 MIN_SCORES = tuple(number / 20 for number in range(20))
 
@@ -38,11 +37,12 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
     """
     if not data.labelled:
         raise InputError(f"--window auto needs labelled documents; {data.name} holds none: pass --window N")
+    sentences = InputError(
+        f"--window auto needs whole documents; {data.name} holds single sentences, which fit any window: "
+        "pass --window N"
+    )
     if all(document.tokens is not None for document in data.documents):
-        raise InputError(
-            f"--window auto needs whole documents; {data.name} holds single sentences, which fit any window: "
-            "pass --window N"
-        )
+        raise sentences
     sizes = {ONE_SEGMENT: bundles.resized(bundle, bundle.window, packed=False)}
     tried: dict[str, float] = {}
     for window in WINDOWS:
@@ -52,6 +52,8 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
         annotator = Annotator(sized, model, Options(), precision="fp32")
         tried[name] = evaluate.evaluate(annotator, data.documents).overall.f1
         if annotator.counts.inferred + annotator.counts.reused <= len(data.documents):
+            if not sized.packed:  # every document is one segment
+                raise sentences
             break
     best = max(tried.values())
     if not best:

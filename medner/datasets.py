@@ -1,6 +1,6 @@
 """Labelled data sets in one form: CoNLL, PubTator, JSONL with spans, and Hugging Face data sets.
 
-Local files are read with the standard library alone. Errors name the file and the line, never its text.
+Local files may be compressed, as notes may. Errors name the file and the line, never its text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medner import windows
+from medner import sources, windows
 from medner.errors import InputError, MissingPackage
 
 Span = tuple[int, int, str]
@@ -30,9 +30,10 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
 #: The label of tags that are a bare ``B`` or ``I``, as in the data sets of BioBERT.
 UNNAMED = "Entity"
 
-_SUFFIXES = frozenset({".tsv", ".txt", ".conll", ".iob", ".iob2", ".bio", ".jsonl", ".pubtator"})
+_JSON_LINES = frozenset({".jsonl", ".ndjson"})
+_SUFFIXES = _JSON_LINES | {".tsv", ".txt", ".conll", ".iob", ".iob2", ".bio", ".pubtator"}
 #: What no data set's name on the hub ends in, either: files of notes, and others that may be meant.
-_NOT_ON_A_HUB = frozenset({".csv", ".parquet", ".gz", ".zst", ".bz2", ".json", ".ndjson", ".xml", ".xlsx", ".zip"})
+_NOT_ON_A_HUB = frozenset({".csv", ".parquet", ".gz", ".zst", ".bz2", ".json", ".xml", ".xlsx", ".zip"})
 _TITLE_OR_ABSTRACT = re.compile(r"([^|\t]+)\|([ta])\|(.*)", re.DOTALL)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SINGLE = frozenset("ESLU")
@@ -219,15 +220,17 @@ def disjoint(spans: Iterable[Span]) -> tuple[Span, ...]:
 def _split_file(directory: Path, split: str) -> Path:
     """The one file of a directory that holds a split: by its exact name, else by a name that contains the split's."""
     names = SPLITS[split]
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix.lower() in _SUFFIXES)
-    exact = [path for path in files if path.stem.lower() in names]
+    stems = {
+        path: name.stem.lower()
+        for path in sorted(directory.iterdir())
+        if path.is_file() and (name := sources.uncompressed(path)).suffix.lower() in _SUFFIXES
+    }
     others = [name for other, known in SPLITS.items() if other != split for name in known[:2]]
-    found = exact or [
+    found = [path for path, stem in stems.items() if stem in names] or [
         path
-        for path in files
-        if any(name in path.stem.lower() for name in names[:2])
+        for path, stem in stems.items()
         # "latest_train" is no test split.
-        and not any(name in path.stem.lower() for name in others)
+        if any(name in stem for name in names[:2]) and not any(name in stem for name in others)
     ]
     if not found:
         raise InputError(f"{directory}: no file for the {split} split; expected a name like {split}.tsv")
@@ -237,16 +240,16 @@ def _split_file(directory: Path, split: str) -> Path:
 
 
 def _read(path: Path) -> list[Document]:
+    with sources.opened(path) as file:
+        content = file.read()
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8; convert the file first") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     # Not splitlines(), which also cuts at characters that a token or an abstract may hold.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
-    if path.suffix.lower() == ".jsonl":
+    if sources.uncompressed(path).suffix.lower() in _JSON_LINES:
         return list(_read_jsonl(path, lines))
     first = next((line for line in lines if line.strip()), "")
     if _TITLE_OR_ABSTRACT.fullmatch(first):
@@ -278,7 +281,7 @@ def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
             if len(tags[-1].split()) > 1:
                 raise InputError(f"{path}:{number}: the last column holds several words; expected a token and a tag")
         elif tokens:
-            yield of_tokens(f"{path.stem}-{count}", tokens, tags)
+            yield of_tokens(f"{sources.uncompressed(path).stem}-{count}", tokens, tags)
             tokens, tags, count = [], [], count + 1
     if styles == {False} and not outside:
         raise InputError(

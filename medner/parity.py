@@ -86,7 +86,7 @@ class Report:
 def read_parity_data(
     path: str, split: str = "devel", text_column: str = "text", labels: Mapping[str, str] | None = None
 ) -> ParityData:
-    """Labelled documents, or plain notes: CSV, Parquet, compressed files, and JSONL without ``spans``.
+    """Labelled documents, or plain notes: CSV, Parquet, and JSONL without ``spans``.
 
     split: of labelled data that has splits; text_column: of plain notes; labels: new names of the data's labels, by old
     ones. Raises :class:`InputError`.
@@ -96,8 +96,8 @@ def read_parity_data(
         return ParityData(name, datasets.load(path, split, labels), True)
     if labels:
         raise InputError(
-            f"{path}: read as notes without labels, of which --label renames none; give labelled text uncompressed, as "
-            "CoNLL, PubTator or JSONL with spans"
+            f"{path}: read as notes without labels, of which --label renames none; give labelled text as CoNLL, "
+            "PubTator or JSONL with spans"
         )
     reader = sources.Reader(sources.discover([path]).files, sources.ReadOptions(text_column=text_column))
     notes = [text for batch in reader.batches() for text in batch.column("text").to_pylist() if text]
@@ -107,10 +107,11 @@ def read_parity_data(
 
 
 def _is_plain(path: Path) -> bool:
-    if path.suffix.lower() != ".jsonl":
-        return path.suffix.lower() in (".csv", ".parquet", ".gz", ".zst", ".bz2")
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        return '"spans"' not in next((line for line in lines if line.strip()), "")
+    suffix = sources.uncompressed(path).suffix.lower()
+    if suffix not in (".jsonl", ".ndjson"):
+        return suffix in (".csv", ".parquet")
+    with sources.opened(path) as lines:
+        return b'"spans"' not in next((line for line in lines if line.strip()), b"")
 
 
 class Gate:

@@ -27,7 +27,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain, groupby, islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal, TypeAlias, cast
 from uuid import UUID
 
@@ -276,9 +276,7 @@ def printable(name: str) -> str:
 
 def _suffixes(name: str) -> tuple[str, Compression | None]:
     """The suffix that names the format, in lower case, and the compression."""
-    path = PurePosixPath(name.lower())
-    compression = _COMPRESSIONS.get(path.suffix)
-    return (path.with_suffix("") if compression else path).suffix, compression
+    return uncompressed(name).suffix.lower(), _COMPRESSIONS.get(PurePath(name).suffix.lower())
 
 
 def _kind(name: str) -> tuple[Kind | None, Compression | None]:
@@ -517,6 +515,23 @@ def texts(given: str) -> Iterator[str]:
         raise InputError(f"{given}: holds no text")
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[io.BufferedReader]:
+    """The bytes of any file, decompressed where its suffix names a compression.
+
+    Raises :class:`InputError` where it cannot be read, while it is read, too.
+    """
+    file = InputFile(path, path.name, "text", _COMPRESSIONS.get(path.suffix.lower()))
+    with _translated(file), _Raw(file, None) as raw:
+        yield _decompressed(file, raw)
+
+
+def uncompressed(path: str | Path) -> PurePath:
+    """A file's name without a suffix that names a compression: of ``notes/a.jsonl.gz`` ``a.jsonl``."""
+    name = PurePath(PurePath(path).name)
+    return name.with_suffix("") if name.suffix.lower() in _COMPRESSIONS else name
+
+
 def _check_options(options: ReadOptions) -> None:
     named = [*_named_columns(options), (options.encoding, "--encoding"), (options.delimiter or "", "--delimiter")]
     for value, option in named:
@@ -672,13 +687,17 @@ def _damaged(file: InputFile) -> InputError:
 
 def _decoded(file: InputFile, raw: _Raw, encoding: str) -> io.TextIOWrapper:
     """Decompressed and decoded text with its line ends as they are; undecodable bytes are lone surrogates."""
+    # "" splits CSV at \r, \n and \r\n, "\n" at \n alone; neither changes a character.
+    newline = "" if file.kind == "csv" else "\n"
+    return io.TextIOWrapper(_decompressed(file, raw), encoding=encoding, errors=_MARK, newline=newline)
+
+
+def _decompressed(file: InputFile, raw: _Raw) -> io.BufferedReader:
     stream: Any = raw
     if file.compression:
         # All members and frames of a file are read, and a cut one is an error, for each of the three codecs.
         stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), _CODECS[file.compression])
-    # "" splits CSV at \r, \n and \r\n, "\n" at \n alone; neither changes a character.
-    newline = "" if file.kind == "csv" else "\n"
-    return io.TextIOWrapper(io.BufferedReader(stream, 2**18), encoding=encoding, errors=_MARK, newline=newline)
+    return io.BufferedReader(stream, 2**18)
 
 
 def _byte_order_mark(encoding: str) -> str:

@@ -1,11 +1,15 @@
 """Every labelled data set comes to one form, with exact offsets and errors that show no text."""
 
+import bz2
+import gzip
 import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from medner import windows
@@ -257,6 +261,39 @@ def test_prefixes_with_an_underscore(tmp_path: Path) -> None:
     """``B_Sign`` is the beginning of a Sign, as for the labels of a model."""
     path = write(tmp_path / "x.tsv", "no\tO\nhigh\tB_Sign\nfever\tI_Sign\n")
     assert [document.spans for document in load(str(path), "train")] == [((3, 13, "Sign"),)]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".gz", gzip.compress),
+        (".BZ2", bz2.compress),
+        (".zst", lambda content: pa.compress(content, "zstd", asbytes=True)),
+    ],
+)
+def test_compressed_data(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    """A split may be compressed; ids and the choice of the file are as without."""
+    content = {
+        "train.jsonl": b'{"text": "gout", "spans": [[0, 4, "D"]]}\n',
+        "devel.tsv": b"gout\tB-D\n",
+        "test.ndjson": b"",
+    }
+    content["test.ndjson"] = content["train.jsonl"]
+    for name, lines in content.items():
+        (tmp_path / f"{name}{suffix}").write_bytes(compress(lines))
+    (tmp_path / "other.csv.gz").write_bytes(gzip.compress(b"text\nno split of this\n"))
+    expected = ((0, 4, "D"),)
+    assert load(str(tmp_path), "train") == [Document("row-1", "gout", expected)]
+    assert load(str(tmp_path), "test") == [Document("row-1", "gout", expected)]
+    assert load(str(tmp_path), "devel") == [Document("devel-0", "gout", expected, ((0, 4),))]
+
+
+def test_compressed_data_that_ends_early(tmp_path: Path) -> None:
+    """Half a file is no smaller data set."""
+    path = tmp_path / "train.tsv.gz"
+    path.write_bytes(gzip.compress(b"gout\tB-D\n")[:-9])
+    with pytest.raises(InputError, match=r"train\.tsv\.gz: its gz data is damaged or ends early"):
+        load(str(path), "train")
 
 
 def test_conll_spaces_and_carriage_returns(tmp_path: Path) -> None:

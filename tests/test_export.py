@@ -1,5 +1,6 @@
 """Checkpoint to bundle: the parity gate and what fails it, the choice of the window, the layout."""
 
+import gzip
 import json
 import math
 import os
@@ -786,7 +787,13 @@ def test_labelled_parity_data(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("Asthma\tB-Disease\n.\tO\n")
     (tmp_path / "b.txt").write_text(PUBTATOR)
     jsonl(tmp_path / "c.jsonl", [Document("", "asthma", ((0, 6, "Disease"),))])
-    expected = {"a.tsv": "Asthma .", "b.txt": "Asthma in adults . No fever .", "c.jsonl": "asthma"}
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress((tmp_path / "c.jsonl").read_bytes()))
+    expected = {
+        "a.tsv": "Asthma .",
+        "b.txt": "Asthma in adults . No fever .",
+        "c.jsonl": "asthma",
+        "d.jsonl.gz": "asthma",
+    }
     for name, text in expected.items():
         data = parity.read_parity_data(str(tmp_path / name))
         (only,) = data.documents
@@ -808,7 +815,8 @@ def test_plain_parity_data(tmp_path: Path) -> None:
     # Read as CoNLL this would be a labelled sentence.
     (tmp_path / "b.csv").write_text("id, x,text\n1, y,has asthma\n2, z,no fever\n")
     pq.write_table(pa.table({"text": ["has asthma", None, "no fever"]}), tmp_path / "c.parquet")
-    for name in ("a.jsonl", "b.csv", "c.parquet"):
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    for name in ("a.jsonl", "b.csv", "c.parquet", "d.jsonl.gz"):
         data = parity.read_parity_data(str(tmp_path / name))
         assert (data.name, data.labelled, [d.text for d in data.documents]) == (name, False, ["has asthma", "no fever"])
     with pytest.raises(InputError, match=r"a\.jsonl: read as notes without labels, of which --label renames none"):
@@ -941,7 +949,9 @@ def test_windows_beyond_the_limit_are_skipped(tmp_path: Path) -> None:
 def test_the_window_needs_labelled_documents() -> None:
     """Neither plain notes nor single sentences can choose a window, nor labels of which the model finds none."""
     with pytest.raises(InputError) as failure:
-        verify.choose_window(bundles.load("tiny"), Fake(512), data(Document("0", "a fever", ((0, 1, "Disease"),))))
+        verify.choose_window(
+            bundles.load("tiny"), Fake(512), data(Document("0", "A fever. A cough.", ((0, 1, "Disease"),)))
+        )
     assert str(failure.value) == (
         "--window auto: the model finds no labelled mention of devel.txt, which tells no windows apart; "
         "look at its labels, or pass --window N"
@@ -950,12 +960,12 @@ def test_the_window_needs_labelled_documents() -> None:
     with pytest.raises(InputError) as failure:
         verify.choose_window(bundles.load("tiny"), Fake(512), plain)
     assert str(failure.value) == "--window auto needs labelled documents; notes.csv holds none: pass --window N"
-    sentences = data(Document("0", "fever", ((0, 5, "Disease"),), ((0, 5),)))
-    with pytest.raises(InputError) as failure:
-        verify.choose_window(bundles.load("tiny"), Fake(512), sentences)
-    assert str(failure.value) == (
-        "--window auto needs whole documents; devel.txt holds single sentences, which fit any window: pass --window N"
-    )
+    tagged = Document("0", "fever", ((0, 5, "Disease"),), ((0, 5),))
+    for sentence in (tagged, replace(tagged, tokens=None)):
+        with pytest.raises(InputError) as failure:
+            verify.choose_window(bundles.load("tiny"), Fake(512), data(sentence))
+        said = "--window auto needs whole documents; devel.txt holds single sentences, which fit any window: pass"
+        assert str(failure.value) == f"{said} --window N"
 
 
 class Unsure:
