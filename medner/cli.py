@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from medner.errors import MednerError, OutputError, defect
 _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**18
 #: Also of mallopt(3): how many blocks may be mapped, and from how many free bytes on the heap shrinks.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD, _NEVER = -4, -1, 2**31 - 1
+#: Errors of a file system that takes no more.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 #: Whether a path can be read is for the command to say, in its own words and with its exit code.
 _PATH = click.Path(readable=False, path_type=Path)
@@ -479,6 +482,9 @@ def _exit_code(arguments: list[str] | None) -> int:
     except BrokenPipeError:  # the reader has what it wanted
         return 0
     except BaseException as exc:  # a defect of medner, or a panic of Rust code; the message might hold note text
+        if isinstance(exc, OSError) and exc.errno in _FULL:  # click's own output, or a temporary file of a library
+            _say(f"{exc.filename or 'the output'}: cannot be written: {exc.strerror}")
+            return OutputError.exit_code
         _say(defect(exc))
         if os.environ.get("MEDNER_DEBUG"):
             raise

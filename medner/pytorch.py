@@ -31,6 +31,7 @@ class TorchModel:
         except ImportError as exc:
             raise MissingPackage('PyTorch checkpoints need: pip install "medner[train]"') from exc
         self._torch: Any = torch
+        self._checkpoint = checkpoint
         try:
             model, loading = AutoModelForTokenClassification.from_pretrained(
                 str(checkpoint), local_files_only=True, trust_remote_code=False, output_loading_info=True
@@ -49,12 +50,16 @@ class TorchModel:
         self._device = device
 
     def __call__(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Logits of a batch; see :meth:`medner.runtime.Session.__call__`."""
+        """Logits of a batch; see :meth:`medner.runtime.Session.__call__`. Raises :class:`ModelError`."""
         torch = self._torch
-        mask = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64))
+        real = np.arange(ids.shape[1]) < lengths[:, None]
+        mask = torch.from_numpy(real.astype(np.int64))
         with torch.inference_mode():
             output = self._model(input_ids=torch.from_numpy(ids).to(self._device), attention_mask=mask.to(self._device))
-        return np.asarray(output.logits.float().cpu().numpy(), dtype=np.float32)
+        logits = np.asarray(output.logits.float().cpu().numpy(), dtype=np.float32)
+        if not np.isfinite(logits[real].max(axis=-1)).all():  # as a session judges its graph
+            raise ModelError(f"{self._checkpoint}: its logits are no numbers; train it at a lower learning rate")
+        return logits
 
     def use_threads(self, threads: int) -> None:
         """Let each call run on so many threads of the CPU, as every other PyTorch model of this process will."""

@@ -300,8 +300,9 @@ def _open(ort: Any, graph: Path, providers: list[Any], entries: Mapping[str, str
     options = _session_options(ort, entries)
     # For each shape onnxruntime would keep a plan of its memory, and windows in batches have thousands of shapes.
     options.enable_mem_pattern = False
+    path = _path(graph)
     try:
-        return ort.InferenceSession(str(graph), options, providers=providers)
+        return ort.InferenceSession(path, options, providers=providers)
     except Exception as exc:  # onnxruntime raises RuntimeError and a family of private classes
         if entries and _opens(ort, graph, providers):
             raise ModelError(
@@ -309,6 +310,15 @@ def _open(ort: Any, graph: Path, providers: list[Any], entries: Mapping[str, str
                 "use another precision, or quantize the model again with weights of the type QUInt8"
             ) from exc
         raise ModelError(f"{graph}: onnxruntime cannot load it: {_reason(exc)}") from exc
+
+
+def _path(graph: Path) -> str:
+    """The path as onnxruntime takes it; raises :class:`ModelError` for one that it does not."""
+    try:
+        str(graph).encode()
+    except UnicodeEncodeError:
+        raise ModelError(f"{graph}: onnxruntime opens no path that is not valid UTF-8; rename it") from None
+    return str(graph)
 
 
 def _opens(ort: Any, graph: Path, providers: list[Any]) -> bool:
@@ -335,6 +345,7 @@ def _open_on_cuda(ort: Any, graph: Path, device: str) -> Any:
 
     Raises :class:`DeviceError`.
     """
+    path = _path(graph)
     preload_cuda()
     ort.set_default_logger_severity(4)  # why CUDA does not start it says in many lines; medner doctor in one
     cuda = (_CUDA, {"device_id": device.partition(":")[2], **_CUDA_OPTIONS})
@@ -345,7 +356,7 @@ def _open_on_cuda(ort: Any, graph: Path, device: str) -> Any:
             options.enable_profiling = True
             options.profile_file_prefix = profile
         # onnxruntime's Python would print that it falls back to the CPU, and do so, at load and at each call.
-        return ort.InferenceSession(str(graph), options, providers=providers, enable_fallback=0)
+        return ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
 
     try:
         # Without the CPU provider in the list, and with its fallback off, a node that CUDA cannot run is an error

@@ -396,6 +396,21 @@ def test_standard_output_that_is_full(notes: Path) -> None:
     assert Path("out/manifest.json").is_file()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [("--help",), ("annotate", "--help"), ("--version",)])
+def test_help_on_standard_output_that_is_full(arguments: tuple[str, ...]) -> None:
+    """What click itself prints is no exception."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (6, "medner: the output: cannot be written: No space left on device\n")
+
+
+def test_as_a_module() -> None:
+    """``python -m medner`` is the command."""
+    done = subprocess.run([sys.executable, "-m", "medner", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: medner [OPTIONS] COMMAND")
+
+
 def test_standard_error_that_nobody_reads(notes: Path) -> None:
     """The exit code of the run is not lost with its messages."""
     script = '"$@" 2>&1 >/dev/null | true; echo ${PIPESTATUS[0]}'
@@ -587,6 +602,15 @@ def test_a_path_that_cannot_be_printed(tmp_path: Path) -> None:
         done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{tmp_path}/run\\udcff: 1 notes (0 rejected)")
+
+
+def test_a_model_below_a_path_that_is_no_text(call: Medner, notes: Path, tmp_path: Path) -> None:
+    """Onnxruntime takes no such path; the error says so."""
+    model = os.fsdecode(os.fsencode(tmp_path) + b"/model\xff")
+    shutil.copytree(testing.bundle(), model)
+    code, out, error = call("annotate", notes, "-o", "-", "--model", model)
+    assert (code, out) == (4, "")
+    assert error.endswith(": onnxruntime opens no path that is not valid UTF-8; rename it\n")
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "system"), ("mimalloc", "mimalloc")])

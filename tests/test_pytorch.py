@@ -171,3 +171,12 @@ def test_size_of_the_weights(tmp_path: Path) -> None:
     for name, size in (("model-00001-of-00002.safetensors", 10), ("model-00002-of-00002.safetensors", 4)):
         (tmp_path / name).write_bytes(b"x" * size)
     assert weight_bytes(tmp_path) == 14
+
+
+def test_weights_that_are_no_numbers(checkpoint: Path, tmp_path: Path) -> None:
+    """A checkpoint whose training diverged is an error, not a model that finds nothing."""
+    model = transformers.AutoModelForTokenClassification.from_pretrained(checkpoint)
+    model.classifier.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r": its logits are no numbers; train it at a lower learning rate$"):
+        TorchModel(tmp_path)(np.ones((2, 3), np.int64), np.array([3, 1]))
