@@ -5,7 +5,7 @@
 CHECKPOINT is a directory with the weights of all-MiniLM-L6-v2. The checkpoints and the bundle with all its variants go
 to ``models/default`` and ``models/training``, which git ignores; ``--ship`` also replaces ``medner/bundles/default`` by
 the int8 variant. What is there already is not made again, so an interrupted build goes on. About three hours on two
-cores that compute in bf16, several times as long on others.
+cores with AMX, which compute in bf16, several times as long on others.
 """
 
 from __future__ import annotations

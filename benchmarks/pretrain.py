@@ -5,7 +5,8 @@
 BASE is a BERT checkpoint, FILE a table of text in any form that ``medner annotate`` reads. OUT is a checkpoint to
 fine-tune by ``medner train --base OUT``. Text is streamed: a window from each file in turn, and a file that ends begins
 again. ``--resume`` goes on from what was saved last, a tenth of the way back at most, and ends with the same weights.
-On two cores a million tokens take about three minutes; a GPU is used where PyTorch finds one.
+On two cores with AMX a million tokens take about three minutes, without it twice as long or longer; a GPU is used where
+PyTorch finds one.
 
 15 % of the tokens are to be guessed (Devlin et al. 2019, "BERT"), further training in the domain after Gururangan et
 al. 2020, "Don't Stop Pretraining". Logits are made for the masked tokens alone: over 30,000 words they would cost more

@@ -136,7 +136,7 @@ def distil(student: Encoder, teacher: Encoder, ids: Tensor, steps: int) -> None:
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=LR, weight_decay=0.01, fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, min(WARMUP, steps // 2), steps)
     student.model.eval()
-    in_bf16 = resolve_precision("auto") == "bf16"  # which is very slow where the processor does not compute in it
+    in_bf16 = resolve_precision("auto") == "bf16"  # which may be very slow elsewhere
     for batch in tqdm(_batches(ids, steps), "distilling", total=steps, disable=None):
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
             with torch.no_grad():

@@ -202,7 +202,7 @@ def annotate(**given: Any) -> None:
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
     default="auto",
     show_default=True,
-    help="Of the arithmetic; auto takes bf16 or fp16 where the device has it.",
+    help="Of the arithmetic; auto takes bf16 or fp16 where the device is faster in it.",
 )
 @_labels
 @click.option(

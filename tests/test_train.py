@@ -612,14 +612,21 @@ def test_a_gpu_does_not_wait(options: TrainOptions, tmp_path: Path) -> None:
 
 
 def test_precision_fits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA auto is bf16 where the device has it, else fp16; on a CPU bf16 or fp32, and fp16 is refused."""
+    """On CUDA auto is bf16 where the device has it, else fp16; on a CPU bf16 where it is faster, never fp16."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for able, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)  # noqa: ARG005
         assert resolve_precision("auto") == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for able, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}, raising=False)
+    intel, avx = {"cpu_name": "Intel Xeon"}, {"avx512_bf16": True, "amx_bf16": False}
+    for able, expected in (
+        (intel | avx, "fp32"),
+        (intel | avx | {"amx_bf16": True}, "bf16"),
+        ({"cpu_name": "AMD EPYC"} | avx, "bf16"),
+        ({"cpu_name": "Neoverse", "bf16": True}, "bf16"),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, "fp32"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
         assert resolve_precision("auto") == expected
     assert resolve_precision("fp32") == "fp32"
     with pytest.raises(UsageError, match="precision fp16 needs a CUDA device"):
