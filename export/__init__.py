@@ -31,8 +31,8 @@ class ExportOptions:
     precisions: the variants to write. parity_data: labelled documents or plain notes. window: tokens, or None to choose
     the window on the labelled documents. packed: where the window is given, whether it takes as many segments as fit.
     min_score: the bundle leaves spans below it out; None chooses it on the labelled text. split: of a data set that
-    has splits. labels: new names of its labels, by old ones. name: the bundle's; None takes the directory's. licence:
-    of the weights, for the record.
+    has splits. text_column: of plain notes. labels: new names of the data's labels, by old ones. name: the bundle's;
+    None takes the directory's. licence: of the weights, for the record.
     """
 
     checkpoint: Path
@@ -43,6 +43,7 @@ class ExportOptions:
     packed: bool = True
     min_score: float | None = 0.0
     split: str = "devel"
+    text_column: str = "text"
     labels: Mapping[str, str] = field(default_factory=dict)
     name: str | None = None
     licence: str | None = None
@@ -69,7 +70,7 @@ def export(options: ExportOptions) -> str:
         raise MissingPackage('exporting needs: pip install "medner[export]"') from exc
 
     checkpoint = bundles.load_checkpoint(options.checkpoint, options.window)
-    data = parity.read_parity_data(options.parity_data, options.split, labels=options.labels)
+    data = parity.read_parity_data(options.parity_data, options.split, options.text_column, options.labels)
     reference = TorchModel(options.checkpoint)
     with _scratch(options.output) as scratch:
         target = scratch / "bundle"
@@ -178,11 +179,10 @@ def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, 
         if (options.checkpoint / name).is_file():
             shutil.copyfile(options.checkpoint / name, target / name)
     name = options.name or options.output.name
-    training = options.checkpoint / "metrics.json"
     card: dict[str, Any] = {
         "licence": options.licence,
         "parity": report,
-        "training": json.loads(training.read_text(encoding="utf-8")) if training.is_file() else None,
+        "training": bundles.recorded_training(options.checkpoint),
         "versions": {**{package: version(package) for package in _PACKAGES}, "onnxruntime": runtime.version()},
     }
     (target / "README.md").write_text(_model_card(name, checkpoint, card), encoding="utf-8")

@@ -20,14 +20,15 @@ def to_onnx(checkpoint: Path, graph: Path) -> None:
     """Export a token classifier with ``input_ids``, ``attention_mask`` (and ``token_type_ids``) -> ``logits``.
 
     Batch and length stay dynamic. Optimum's own check of the shapes runs; that both models find the same spans is for
-    :mod:`medner.export.verify` to show. Raises :class:`ModelError`, :class:`MissingPackage`.
+    :mod:`medner.export.verify` to show. Raises :class:`ModelError`, :class:`MissingPackage`; OSError where the graph
+    cannot be written.
     """
     try:
         from optimum.exporters.onnx import main_export
     except ImportError as exc:
         raise MissingPackage('exporting needs: pip install "medner[export]"') from exc
     graph.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=graph.parent) as scratch:
         try:
             with _quiet():
                 main_export(
@@ -40,6 +41,9 @@ def to_onnx(checkpoint: Path, graph: Path) -> None:
                     local_files_only=True,
                 )
         except Exception as exc:  # transformers, torch and safetensors raise what they like
+            # The system's own come of writing: the checkpoint has been read before, and transformers' have no number.
+            if isinstance(exc, OSError) and exc.errno is not None:
+                raise
             reason = next(iter(str(exc).splitlines()), "")[:200]
             raise ModelError(f"{checkpoint}: Optimum cannot export it ({type(exc).__name__}: {reason})") from exc
         if (Path(scratch) / "model.onnx_data").exists():

@@ -184,17 +184,23 @@ def _is_wide(graph: Graph, name: str) -> bool:
 def _shift(graph: Graph, name: str) -> float | None:
     """Minus the least value that ReLU or GELU leaves; None for a value that neither makes.
 
-    GELU as exported is products and sums of one value, the error function among them.
+    GELU as exported is products and sums of one value and of its error function. Where another value has a part in
+    them, as in gated layers, nothing is known of the least.
     """
-    if name in graph.makers and graph.makers[name].op_type == "Relu":
-        return 0.0
-    edge = {name}
-    for _ in range(5):
-        makers = [graph.makers[n] for n in edge if n in graph.makers]
-        if any(maker.op_type in ("Erf", "Gelu") for maker in makers):
-            return _GELU_SHIFT
-        edge = {n for maker in makers if maker.op_type in ("Mul", "Add") for n in maker.input}
-    return None
+    maker = graph.makers.get(name)
+    if maker is not None and maker.op_type in ("Relu", "Gelu"):
+        return 0.0 if maker.op_type == "Relu" else _GELU_SHIFT
+    values, erf = {name}, False
+    roots: set[str] = set()
+    while values:
+        value = values.pop()
+        maker = graph.makers.get(value)
+        if maker is not None and maker.op_type in ("Mul", "Add", "Div", "Erf"):
+            erf |= maker.op_type == "Erf"
+            values |= set(maker.input)
+        elif value not in graph.weights:
+            roots.add(value)
+    return _GELU_SHIFT if erf and len(roots) == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

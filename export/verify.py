@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from medner import bundle as bundles
 from medner import evaluate, parity, score
@@ -33,7 +35,7 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
 
     Tried are windows of one segment each, then windows packed with as many segments as fit, up to the first that holds
     every document whole: longer ones cannot be told apart. Raises :class:`InputError` where the data is not labelled,
-    holds single sentences, which tell no windows apart, or nothing that is labelled is found in any window.
+    is mostly single sentences, which tell no windows apart, or nothing that is labelled is found in any window.
     """
     if not data.labelled:
         raise InputError(f"--window auto needs labelled documents; {data.name} holds none: pass --window N")
@@ -43,7 +45,11 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
     )
     if all(document.tokens is not None for document in data.documents):
         raise sentences
-    sizes = {ONE_SEGMENT: bundles.resized(bundle, bundle.window, packed=False)}
+    apart = bundles.resized(bundle, bundle.window, packed=False)
+    counts = _window_counts(apart, data)
+    if 2 * (counts > 1).sum() < len(counts):
+        raise sentences
+    sizes = {ONE_SEGMENT: apart}
     tried: dict[str, float] = {}
     for window in WINDOWS:
         with contextlib.suppress(ModelError):
@@ -51,9 +57,7 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
     for name, sized in sizes.items():
         annotator = Annotator(sized, model, Options(), precision="fp32")
         tried[name] = evaluate.evaluate(annotator, data.documents).overall.f1
-        if annotator.counts.inferred + annotator.counts.reused <= len(data.documents):
-            if not sized.packed:  # every document is one segment
-                raise sentences
+        if (_window_counts(sized, data) == 1).all():
             break
     best = max(tried.values())
     if not best:
@@ -63,6 +67,19 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
         )
     near = [sizes[name] for name, f1 in tried.items() if f1 >= best - WINDOW_TOLERANCE]
     return max(near, key=lambda sized: (sized.window, sized.packed)), tried
+
+
+def _window_counts(bundle: bundles.Bundle, data: ParityData) -> Ints:
+    """Windows of each document that has a word, int64 [n]."""
+    annotator = Annotator(bundle, partial(_no_logits, bundle), Options(threads=1), precision="fp32")
+    texts = pa.array([document.text for document in data.documents], pa.large_string())
+    counts = np.asarray(annotator(pa.record_batch({"text": texts})).column("n_windows"), dtype=np.int64)
+    return counts[counts > 0]
+
+
+def _no_logits(bundle: bundles.Bundle, ids: Ints, _: Ints) -> npt.NDArray[np.float32]:
+    """For what depends on the windows alone."""
+    return np.zeros((*ids.shape, len(bundle.labels)), dtype=np.float32)
 
 
 def choose_min_score(bundle: bundles.Bundle, model: Model, data: ParityData) -> tuple[float, dict[str, float]]:
@@ -88,7 +105,7 @@ def samples(bundle: bundles.Bundle, data: ParityData, tokens: int = SAMPLE_TOKEN
 
     def collect(ids: Ints, lengths: Ints) -> npt.NDArray[np.float32]:
         seen.extend(row[:length] for row, length in zip(ids, lengths, strict=True))
-        return np.zeros((*ids.shape, len(bundle.labels)), dtype=np.float32)
+        return _no_logits(bundle, ids, lengths)
 
     annotator = Annotator(bundle, collect, Options(threads=1), precision="fp32")
     for document in data.documents:

@@ -15,6 +15,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -125,9 +126,19 @@ def load(model: str | Path, window: int | None = None) -> Bundle:
     Hugging Face hub. window: overrides the recorded one; a foreign model's is ``min(128, the model's limit)``.
     Raises :class:`ModelError`.
     """
-    path, name = _locate(str(model))
-    bundle = _own(path, name) if os.path.lexists(path / MANIFEST) else _foreign(path, name)
+    with _readable(str(model)):
+        path, name = _locate(str(model))
+        bundle = _own(path, name) if os.path.lexists(path / MANIFEST) else _foreign(path, name)
     return resized(bundle, bundle.window if window is None else window)
+
+
+@contextmanager
+def _readable(model: str) -> Iterator[None]:
+    """What the system says of a path is the model's error."""
+    try:
+        yield
+    except OSError as exc:
+        raise ModelError(f"{exc.filename or model}: cannot be read ({exc.strerror or exc})") from exc
 
 
 def resized(bundle: Bundle, window: int, *, packed: bool | None = None) -> Bundle:
@@ -151,10 +162,11 @@ def load_checkpoint(checkpoint: str | Path, window: int | None = None) -> Bundle
     Its window is the one that ``medner train`` recorded in ``metrics.json``, else a foreign model's.
     """
     path = Path(checkpoint)
-    if not path.is_dir():
-        raise ModelError(f"{path}: no such checkpoint directory")
-    files = _foreign_files(path)
-    limit = _position_limit(path)
+    with _readable(str(path)):
+        if not path.is_dir():
+            raise ModelError(f"{path}: no such checkpoint directory")
+        files = _foreign_files(path)
+        limit = _position_limit(path)
     if window is None:
         window = _recorded_window(path)
         if window is None:
@@ -164,12 +176,20 @@ def load_checkpoint(checkpoint: str | Path, window: int | None = None) -> Bundle
 
 
 def _recorded_window(path: Path) -> int | None:
-    """What ``medner train`` recorded; None where it did not, though another program may have a file of that name."""
     try:
-        window = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["options"]["window"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        window = (recorded_training(path) or {})["options"]["window"]
+    except (LookupError, TypeError):
         return None
     return window if type(window) is int else None
+
+
+def recorded_training(checkpoint: Path) -> dict[str, Any] | None:
+    """What ``medner train`` recorded; None without that, though another program may have a file of that name."""
+    try:
+        found = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _locate(model: str) -> tuple[Path, str]:
@@ -177,7 +197,7 @@ def _locate(model: str) -> tuple[Path, str]:
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises below what may not be searched
         return path, path.name or model
     shipped = _SHIPPED / model
-    if "/" not in model and (shipped / MANIFEST).is_file():
+    if "/" not in model and os.path.isfile(shipped / MANIFEST):  # noqa: PTH113 - Path.is_file raises for names that no file can have
         return shipped, model
     if path.exists():
         raise ModelError(f"{model}: a model is a directory with config.json, tokenizer.json and an ONNX graph")

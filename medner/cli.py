@@ -23,7 +23,7 @@ _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**18
 #: Also of mallopt(3): how many blocks may be mapped, and from how many free bytes on the heap shrinks.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD, _NEVER = -4, -1, 2**31 - 1
 #: Errors of a file system that takes no more.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 #: Whether a path can be read is for the command to say, in its own words and with its exit code.
 _PATH = click.Path(readable=False, path_type=Path)
@@ -60,6 +60,11 @@ _labels = click.option(
 
 _min_score = click.option(
     "--min-score", type=click.FloatRange(0, 1), help="Drop spans below it.  [default: the bundle's]"
+)
+
+
+_text_column = click.option(
+    "--text-column", default="text", show_default=True, help="Column or field that holds the notes."
 )
 
 
@@ -115,7 +120,7 @@ def cli() -> None:
 @click.option(
     "--format", "form", type=click.Choice(["parquet", "jsonl"]), help="Of a run directory.  [default: parquet]"
 )
-@click.option("--text-column", default="text", show_default=True, help="Column or field that holds the notes.")
+@_text_column
 @click.option("--id-column", help="Column of the note ids.  [default: note_id where there is one]")
 @click.option("--encoding", default="utf-8", show_default=True, help="Of JSONL, CSV and text files.")
 @click.option("--delimiter", help="Of CSV files.  [default: comma; tab in .tsv files]")
@@ -276,6 +281,7 @@ def train(inspect: int | None, **given: Any) -> None:
     "--parity-data", required=True, metavar="FILE", help="Real text for the gate: labelled documents or notes."
 )
 @click.option("--split", default="devel", show_default=True, help="Of parity data that has splits.")
+@_text_column
 @_labels
 @click.option("--window", default="auto", show_default=True, metavar="auto|N", help="auto: best on labelled documents.")
 @click.option("--one-segment", is_flag=True, help="With --window N: a segment a window, not as many as fit.")
@@ -366,7 +372,7 @@ def evaluate(
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns of each engine.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an engine.  [default: the CPUs there are]")
-@click.option("--text-column", default="text", show_default=True, help="Column or field that holds the notes.")
+@_text_column
 @click.option("--overwrite", is_flag=True, help="Replace an earlier comparison.")
 def compare(**given: Any) -> None:
     """Compare a PyTorch checkpoint with its ONNX bundle on your notes.

@@ -86,8 +86,8 @@ def load(data: str | Path, split: str, labels: Mapping[str, str] | None = None) 
     is_directory = os.path.isdir(path)  # noqa: PTH112
     if os.path.isfile(path):  # noqa: PTH113
         documents = _read(path)
-    elif is_directory and not any(path.rglob("*.parquet")):
-        documents = _read(_split_file(path, split))
+    elif is_directory and ((found := _split_files(path, split)) or not any(path.rglob("*.parquet"))):
+        documents = _read(_only(found, path, split))
     elif is_directory or _looks_like_hub_name(data):
         documents = list(_load_hub(data, split))
     else:
@@ -217,8 +217,8 @@ def disjoint(spans: Iterable[Span]) -> tuple[Span, ...]:
 # Files
 
 
-def _split_file(directory: Path, split: str) -> Path:
-    """The one file of a directory that holds a split: by its exact name, else by a name that contains the split's."""
+def _split_files(directory: Path, split: str) -> list[Path]:
+    """Files of a directory that may hold a split: by its exact name, else by a name that contains the split's."""
     names = SPLITS[split]
     stems = {
         path: name.stem.lower()
@@ -226,12 +226,15 @@ def _split_file(directory: Path, split: str) -> Path:
         if path.is_file() and (name := sources.uncompressed(path)).suffix.lower() in _SUFFIXES
     }
     others = [name for other, known in SPLITS.items() if other != split for name in known[:2]]
-    found = [path for path, stem in stems.items() if stem in names] or [
+    return [path for path, stem in stems.items() if stem in names] or [
         path
         for path, stem in stems.items()
         # "latest_train" is no test split.
         if any(name in stem for name in names[:2]) and not any(name in stem for name in others)
     ]
+
+
+def _only(found: Sequence[Path], directory: Path, split: str) -> Path:
     if not found:
         raise InputError(f"{directory}: no file for the {split} split; expected a name like {split}.tsv")
     if len(found) > 1:

@@ -19,8 +19,10 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 class TorchModel:
     """A PyTorch token classifier with the call of :class:`medner.runtime.Session`, in evaluation mode."""
 
-    def __init__(self, checkpoint: str | Path, precision: str = "fp32", device: str = "cpu") -> None:
-        """Load a checkpoint directory.
+    def __init__(
+        self, checkpoint: str | Path, precision: str = "fp32", device: str = "cpu", *, on_hub: bool = False
+    ) -> None:
+        """Load a checkpoint directory, or with ``on_hub`` a model of that name on the Hugging Face hub.
 
         precision: a key of :data:`DTYPES`, of weights and arithmetic; device: ``cpu`` or ``cuda:N``. Raises
         :class:`ModelError`, :class:`MissingPackage`, or :class:`DeviceError` where PyTorch has no such device.
@@ -34,7 +36,7 @@ class TorchModel:
         self._checkpoint = checkpoint
         try:
             model, loading = AutoModelForTokenClassification.from_pretrained(
-                str(checkpoint), local_files_only=True, trust_remote_code=False, output_loading_info=True
+                str(checkpoint), local_files_only=not on_hub, trust_remote_code=False, output_loading_info=True
             )
         except Exception as exc:  # transformers, torch and safetensors raise what they like
             reason = next(iter(str(exc).splitlines()), "")[:200]

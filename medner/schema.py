@@ -123,11 +123,11 @@ def notes_schema(keep: Iterable[pa.Field] = ()) -> pa.Schema:
 
 
 def check_kept(names: Iterable[str]) -> None:
-    """Refuse kept columns whose names the output tables already use."""
+    """Refuse kept columns whose names the output tables use, with some options at least."""
     used = {*spans_schema().names, *nested_schema().names, *notes_schema().names}
     for name in names:
         if name in used:
-            raise UsageError(f"--keep {name}: the output has a column of that name already; rename it in the input")
+            raise UsageError(f"--keep {name}: that is a name of medner's own columns; rename it in the input")
 
 
 def _span(text: bool) -> pa.StructType:

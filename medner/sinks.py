@@ -178,32 +178,39 @@ def _base64(value: bytes) -> str:
 
 
 def _cast(column: pa.ChunkedArray, printed: pa.DataType) -> pa.ChunkedArray:
-    """The column as strings; of times in a zone that this system does not know, those of UTC."""
+    """The column as :func:`_printed` says; of times in a zone that this system does not know, those of UTC."""
     try:
         return column.cast(printed)
     except pa.ArrowInvalid:
-        if not pa.types.is_timestamp(column.type):
-            raise
-        return column.cast(pa.int64()).cast(pa.timestamp(column.type.unit, "UTC")).cast(printed)
+        return column.cast(_with_leaves(column.type, _in_utc)).cast(printed)
+
+
+def _in_utc(kind: pa.DataType) -> pa.DataType:
+    return pa.timestamp(kind.unit, "UTC") if pa.types.is_timestamp(kind) and kind.tz else kind
 
 
 def _printed(kind: pa.DataType) -> pa.DataType:
     """A type with strings in the place of what neither JSON nor Python holds exactly, such as nanoseconds."""
-    if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
-        return pa.string()
+    return _with_leaves(
+        kind, lambda leaf: pa.string() if pa.types.is_temporal(leaf) or pa.types.is_decimal(leaf) else leaf
+    )
+
+
+def _with_leaves(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """A type with others in the place of those that hold values; of dictionaries, their values'."""
     if pa.types.is_dictionary(kind):
-        return _printed(kind.value_type)
+        return _with_leaves(kind.value_type, change)
     if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_printed(field.type)) for field in kind])
+        return pa.struct([field.with_type(_with_leaves(field.type, change)) for field in kind])
     if pa.types.is_map(kind):
-        return pa.map_(_printed(kind.key_type), _printed(kind.item_type))
+        return pa.map_(_with_leaves(kind.key_type, change), _with_leaves(kind.item_type, change))
     if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_printed(kind.value_type)))
+        return pa.list_(kind.value_field.with_type(_with_leaves(kind.value_type, change)))
     if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_printed(kind.value_type)))
+        return pa.large_list(kind.value_field.with_type(_with_leaves(kind.value_type, change)))
     if pa.types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_printed(kind.value_type)), kind.list_size)
-    return kind
+        return pa.list_(kind.value_field.with_type(_with_leaves(kind.value_type, change)), kind.list_size)
+    return change(kind)
 
 
 def json_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -463,6 +470,7 @@ class PartWriter:
         for folder, (wanted, tables) in zip(FOLDERS, _tables(batches, self.options), strict=True):
             path, groups = self.file(folder, part), iter(tables)
             first = next(groups)  # which takes most of a part's time, before any file is begun
+            self.claim.check()
             with _translated(self.path):
                 # A finished run that is short of a part is finished no longer.
                 (self.path / MANIFEST).unlink(missing_ok=True)
@@ -668,9 +676,11 @@ class FileSink(Sink):
             if found and not overwrite:
                 raise OutputError(f"{existing}: exists already; choose another -o, or pass --overwrite")
         # Files of other suffixes have the same manifest: theirs stays.
-        files = (_read_json(self._manifest) or {}).get("files")
+        with _translated(self._manifest):
+            files = (_read_json(self._manifest) or {}).get("files")
         if isinstance(files, dict) and files.keys() != {target.name for target in targets}:
-            raise OutputError(f"{self._manifest}: belongs to {min(files, key=len)}; choose another -o, or remove it")
+            owner = min(files, key=len, default="another program")
+            raise OutputError(f"{self._manifest}: belongs to {owner}; choose another -o, or remove it")
 
     def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:  # noqa: ARG002 - the sinks' common call
         """Append one part."""

@@ -288,16 +288,15 @@ def _kind(name: str) -> tuple[Kind | None, Compression | None]:
 def _check_distinct(files: Iterable[InputFile]) -> None:
     """Refuse two files of one source, since (source, row) is the key of a row, and one file twice."""
     sources: set[str] = set()
-    paths: set[Path] = set()
+    paths: set[Path | None] = set()
     for file in files:
+        found = file.path and real(file.path)
+        if found in paths:
+            raise UsageError(f"{file} is given twice; pass each file once")
+        paths.add(found)
         if file.source in sources:
             raise UsageError(f"two inputs would both be called {file.source}; pass their common directory instead")
         sources.add(file.source)
-        if file.path is not None:
-            found = real(file.path)
-            if found in paths:
-                raise UsageError(f"{file} is given twice; pass each file once")
-            paths.add(found)
 
 
 def sizes(files: Iterable[InputFile]) -> list[dict[str, Any]]:
@@ -675,6 +674,11 @@ def _translated(file: InputFile) -> Iterator[None]:
             "name another encoding, such as utf-16-le for UTF-16 without a byte-order mark"
         ) from exc
     except (pa.ArrowException, csv.Error) as exc:
+        if file.kind == "parquet" and "UTF8" in str(exc):  # only in a dictionary's strings is it looked for at once
+            raise InputError(
+                f"cannot read {file}: a dictionary of strings in it holds bytes that are no text; write that column as "
+                "plain strings or bytes"
+            ) from exc
         raise _damaged(file) from exc
 
 
@@ -942,13 +946,18 @@ class _CsvLines:
         self._file = file
         self._most = HELD_PER_NOTE * options.max_note_bytes + _CHUNK
         self._lines = _lines(text, self._most + 2)  # a piece is too long, its byte-order mark not counted
-        self.held = 0
+        self.held = self.count = 0
         self.row = 0
         self.open = False
+
+    def begin_record(self) -> None:
+        """Count from here on."""
+        self.held = self.count = 0
 
     def __iter__(self) -> Iterator[str]:
         for line in self._lines:
             self.held += len(line)
+            self.count += 1
             if self.held > self._most:
                 raise InputError(
                     f"{self._file}: row {self.row} is longer than {self._most} characters; is a quote not closed there?"
@@ -963,11 +972,17 @@ def _csv_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions) 
     reader = _csv_reader(file, lines, options)
     width, column, id_column, keep = _csv_header(file, lines, reader, options)
     nothing: _Kept = (None,) * len(keep)
-    lines.held = 0
+    lines.begin_record()
     for fields in _csv_fields(reader):
-        lines.held = 0
-        if fields is not None and not fields:
+        count = lines.count
+        lines.begin_record()
+        if fields is not None and (not fields or (len(fields) == 1 < width and not fields[0].strip())):
             continue
+        if fields is None and lines.open and count > 1:
+            raise InputError(
+                f"{file}: row {lines.row}: a quote is not closed by the end of the file, and there may be notes in the "
+                f"{count} lines from there on; close or double the quote"
+            )
         lines.row += 1
         if fields is None:
             yield None, None, Reason.OPEN_QUOTE if lines.open else Reason.STRAY_QUOTE, nothing

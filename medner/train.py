@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 from medner import bundle, datasets, evaluate, sources, windows
 from medner.datasets import Document, Span
-from medner.errors import InputError, MissingPackage, ModelError, OutputError, UsageError
+from medner.errors import InputError, MednerError, MissingPackage, ModelError, OutputError, UsageError
 from medner.score import tags_of
 
 try:
     import torch
     import transformers
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from seqeval.metrics.v1 import precision_recall_fscore_support
     from seqeval.scheme import IOB2
@@ -181,7 +182,7 @@ def train(options: TrainOptions) -> TrainResult:
     precision = resolve_precision(options.precision)
     data, shares, tags, tokenizer, encoder = _prepare(options)
     transformers.set_seed(options.seed)
-    model = _load_model(options.base, tags)
+    model = _load_model(options.base, tags, tokenizer)
     _check_window(options.window, model.config, tokenizer)
     for teacher in options.teachers:
         _check_teacher(teacher, options, tags, tokenizer)
@@ -196,8 +197,9 @@ def train(options: TrainOptions) -> TrainResult:
 
     trainer = _trainer(options, precision, model, encoded, encoder.pad_id, tags, weights)
     untrained = _scores_of(trainer.evaluate())
-    before = _find(trainer, samples, encoder.pad_id, tags)
-    trained = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    before = _find(trainer, samples, tags)
+    with _output_errors(options.output):
+        trained = trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters()):
         raise UsageError(
             f"lr {options.lr}: the training diverged, its weights are no numbers; use a lower learning rate"
@@ -207,7 +209,7 @@ def train(options: TrainOptions) -> TrainResult:
     epochs = _epochs(trainer.state.log_history)
     best = max(epochs, key=lambda epoch: epoch.f1)
     averaged = _try_average(trainer, options, best) if options.average > 1 else None
-    after = _find(trainer, samples, encoder.pad_id, tags)
+    after = _find(trainer, samples, tags)
 
     result = TrainResult(
         output=options.output,
@@ -219,11 +221,13 @@ def train(options: TrainOptions) -> TrainResult:
         seconds=time.monotonic() - started,
         windows_per_second=share * trained.metrics["train_samples_per_second"],
     )
-    trainer.model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
-    _draw(result, options.output / "learning_curve.png")
-    if share or not (options.output / "metrics.json").exists():  # or else the times of what was trained stand there
-        _write_json(options.output / "metrics.json", _metrics(options, precision, tags, data, encoded, weights, result))
+    metrics = options.output / "metrics.json"
+    with _output_errors(options.output):
+        trainer.model.save_pretrained(options.output)
+        tokenizer.save_pretrained(options.output)
+        _draw(result, options.output / "learning_curve.png")
+        if share or not metrics.exists():  # or else the times of what was trained stand there
+            _write_json(metrics, _metrics(options, precision, tags, data, encoded, weights, result))
     return result
 
 
@@ -473,7 +477,9 @@ def _base_errors(base: str) -> Any:
     transformers.logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except MednerError:
+        raise
+    except Exception as error:  # transformers, tokenizers, torch and safetensors raise what they like
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
             f"{base}: cannot be loaded as a base model ({reason[:200].rstrip('.')});\n"
@@ -517,9 +523,15 @@ def _loses_capitals(tokenizer: Any) -> bool:
     return 100 * sum(word != word.lower() for word in vocabulary) >= len(vocabulary) > 0
 
 
-def _load_model(base: str, tags: Sequence[str]) -> Any:
+def _load_model(base: str, tags: Sequence[str], tokenizer: Any) -> Any:
+    """The base with a head for the tags: its own where it was trained for the same tags in their order, else a new one.
+
+    Raises :class:`ModelError`, also for a base whose weights do not fill its encoder, or not all of its tokenizer's
+    tokens.
+    """
+    path = str(_expanded(base))
     with _base_errors(base):
-        path = str(_expanded(base))
+        own_tags = _tags_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
         config = AutoConfig.from_pretrained(
             path,
             output_hidden_states=False,  # a base may ask for them; the Trainer takes each output for logits
@@ -529,15 +541,34 @@ def _load_model(base: str, tags: Sequence[str]) -> Any:
             label2id={tag: i for i, tag in enumerate(tags)},
             trust_remote_code=False,
         )
-        return AutoModelForTokenClassification.from_pretrained(
+        model, loading = AutoModelForTokenClassification.from_pretrained(
             path,
             config=config,
             dtype=torch.float32,
             # On a CPU the plain attention trains faster than the fused one.
             attn_implementation=None if torch.cuda.is_available() else "eager",
-            ignore_mismatched_sizes=True,  # a base that was fine-tuned for other labels gets a new head
+            ignore_mismatched_sizes=True,  # a head for another number of labels
             trust_remote_code=False,
+            output_loading_info=True,
         )
+    # transformers fills what it does not find with random numbers and goes on.
+    new = {*loading["missing_keys"], *loading["mismatched_keys"]}
+    encoder = f"{model.base_model_prefix}."
+    if lost := sorted(name for name in new if name.startswith(encoder)):
+        raise ModelError(
+            f"{base}: its weights do not fit its config.json, which asks for {lost[0]} and {len(lost) - 1} others that "
+            "are not there, or of another shape;\nname a checkpoint that transformers wrote"
+        )
+    n_tokens = model.get_input_embeddings().num_embeddings
+    if (last := max(tokenizer.get_vocab().values())) >= n_tokens:
+        raise ModelError(
+            f"{base}: its tokenizer has a token {last}, and its model {n_tokens} tokens; they do not belong together"
+        )
+    if own_tags != list(tags) and not new:
+        for name, part in model.named_children():
+            if f"{name}." != encoder:
+                part.apply(model._init_weights)  # as transformers fills one that does not fit
+    return model
 
 
 def _check_window(window: int, config: Any, tokenizer: Any) -> None:
@@ -552,7 +583,7 @@ def _claim(
 ) -> Path | None:
     """Make the output directory or check that it holds this training; its last whole checkpoint if there is one."""
     wanted = {
-        **_plain_options(options),
+        **{name: value for name, value in _plain_options(options).items() if name != "output"},
         "precision": precision,
         "versions": _versions(),
         **{f"sha256 of {split}": _digest(documents) for split, documents in data.items()},
@@ -581,6 +612,24 @@ def _claim(
     # The trainer writes its state last: a checkpoint without it was cut off.
     whole = [path.parent for path in note.parent.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+@contextmanager
+def _output_errors(output: Path) -> Iterator[None]:
+    """What cannot be written is an :class:`OutputError`, whichever library writes it."""
+    try:
+        yield
+    except BrokenPipeError:  # of standard error
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _WRITER.search(str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise OutputError(f"{output}: cannot be written ({reason}); go on with --resume once it can") from error
+
+
+#: By which errors of PyTorch's own writer of files are known.
+_WRITER = re.compile("PytorchStreamWriter|iostream error|inline_container")
 
 
 def _digest(documents: Iterable[Document]) -> str:
@@ -772,7 +821,8 @@ def _trainer(
         args=arguments,
         train_dataset=encoded["train"].inputs,
         eval_dataset=[devel.inputs[i] for i in order],
-        data_collator=_collator(pad_id),
+        # A closure could not be sent to the loader's processes.
+        data_collator=partial(_collate, pad_id=pad_id, window=options.window),
         preprocess_logits_for_metrics=lambda logits, _: logits.argmax(dim=-1),
         compute_metrics=lambda output: _strict(devel, np.asarray(output.predictions)[back], tags),
         weights=weights,
@@ -828,9 +878,10 @@ def _check_teacher(teacher: str, options: TrainOptions, tags: Sequence[str], tok
 
 
 def _rules(tokenizer: Any) -> list[Any]:
-    """How a tokenizer changes and cuts text before it looks up words."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    return [parts["normalizer"], parts["pre_tokenizer"]]
+    """How a tokenizer changes and cuts text before it looks up words, and the special tokens around a window."""
+    text = tokenizer.backend_tokenizer.to_str()
+    parts, encoder = json.loads(text), windows.WordTokenizer(text)
+    return [parts["normalizer"], parts["pre_tokenizer"], encoder.prefix, encoder.suffix]
 
 
 def _load_config(checkpoint: str) -> Any:
@@ -847,7 +898,8 @@ def _probabilities(checkpoint: str, encoded: Encoded, pad_id: int, precision: st
     from medner.pytorch import TorchModel  # here, since it is no part of what training needs otherwise
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = TorchModel(_expanded(checkpoint), precision, device)
+    path = _expanded(checkpoint)
+    model = TorchModel(path if path.is_dir() else checkpoint, precision, device, on_hub=not path.is_dir())
     found: list[Any] = [None] * len(encoded.inputs)
     lengths = [len(item["input_ids"]) for item in encoded.inputs]
     batches = list(windows.batches(lengths, _TAUGHT_TOKENS))
@@ -881,13 +933,9 @@ def mean_weights(checkpoints: Sequence[Path]) -> dict[str, Any]:
     return {name: torch.stack([each[name] for each in weights]).mean(dim=0) for name in weights[0]}
 
 
-def _collator(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-    return partial(_collate, pad_id=pad_id)  # a closure could not be sent to the loader's processes
-
-
-def _collate(items: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Any]:
-    """One batch of windows, padded on the right."""
-    length = windows.padded_length(max(len(item["input_ids"]) for item in items))
+def _collate(items: Sequence[Mapping[str, Any]], pad_id: int, window: int) -> dict[str, Any]:
+    """One batch of windows, padded on the right, to no more than ``window`` tokens."""
+    length = min(windows.padded_length(max(len(item["input_ids"]) for item in items)), window)
     ids = torch.full((len(items), length), pad_id)
     mask = torch.zeros((len(items), length), dtype=torch.long)
     labels = torch.full((len(items), length), IGNORED)
@@ -930,24 +978,30 @@ _ONE_SEGMENT = np.zeros(1, dtype=np.int64)
 
 def _strict(encoded: Encoded, predicted: Iterable[npt.NDArray[Any]], tags: Sequence[str]) -> dict[str, float]:
     """Strict micro precision, recall and F1 by seqeval, on the data set's own tokens, else on words."""
+    # By number: seqeval strips hyphens from the ends of a label, and would take CD4- for CD4.
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(tag[2:] for tag in tags))}
+
+    def numbered(sequence: Iterable[str]) -> list[str]:
+        return [tag if tag == "O" else f"{tag[:2]}{numbers[tag[2:]]}" for tag in sequence]
+
     gold, found = [], []
     for document, words, spans in zip(encoded.documents, encoded.words, _decode(encoded, predicted, tags), strict=True):
         if document.tokens is None:
             document = replace(document, tokens=tuple((a, b) for a, b in words.tolist()))
-            gold.append(_word_tags(words, document.spans, _ONE_SEGMENT))  # as they are taught
+            gold.append(numbered(_word_tags(words, document.spans, _ONE_SEGMENT)))  # as they are taught
         else:
-            gold.append(tags_of(document, document.spans))
-        found.append(tags_of(document, spans))
+            gold.append(numbered(tags_of(document, document.spans)))
+        found.append(numbered(tags_of(document, spans)))
     precision, recall, f1, _ = precision_recall_fscore_support(
         gold, found, average="micro", scheme=IOB2, zero_division=0
     )
     return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
 
 
-def _find(trainer: _Trainer, encoded: Encoded, pad_id: int, tags: Sequence[str]) -> list[tuple[str, ...]]:
+def _find(trainer: _Trainer, encoded: Encoded, tags: Sequence[str]) -> list[tuple[str, ...]]:
     """Spans that the model finds now, as ``text [label]``, for each document."""
     model = trainer.model.eval()
-    batch = _collator(pad_id)(encoded.inputs)
+    batch = trainer.data_collator(encoded.inputs)
     del batch["labels"]
     with torch.inference_mode():
         logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits

@@ -275,25 +275,29 @@ def id_of(value: object) -> tuple[str | None, Reason | None]:
     return (None, None) if value is None or value == "" else (str(value), None)
 
 
-def _csv_lists(reader: Iterator[list[str]]) -> list[list[str] | None]:
-    """Records that are not empty; None for one with text behind a closed quote."""
+def _csv_lists(reader: Any) -> tuple[list[list[str] | None], int]:
+    """Records that are not empty, None for one with text behind a closed quote; and the lines before the last one."""
     records: list[list[str] | None] = []
+    before = 0
     while True:
+        start = reader.line_num
         try:
             fields = next(reader)
         except StopIteration:
-            return records
+            return records, before
         except csv.Error:
-            records.append(None)
-        else:
-            records += [fields] if fields else []
+            fields = None
+        if fields is None or fields:
+            records.append(fields)
+            before = start
 
 
 def csv_truth(text: str, delimiter: str, options: ReadOptions) -> Truth:
     """What is to be read from the text of a CSV file."""
     # A last line that cannot be mistaken for anything else becomes a record of its own unless a quote is open.
     end = "fuzz\u2603end"
-    records = _csv_lists(csv.reader(io.StringIO(f"{text}\r\n{end}", newline=""), delimiter=delimiter, strict=True))
+    lines = io.StringIO(f"{text}\r\n{end}", newline="")
+    records, before = _csv_lists(csv.reader(lines, delimiter=delimiter, strict=True))
     is_open = records[-1] != [end]
     if not is_open:
         del records[-1]
@@ -304,8 +308,12 @@ def csv_truth(text: str, delimiter: str, options: ReadOptions) -> Truth:
         return Truth(None, None, "at once")
     if is_open and len(records) == 1:
         return Truth(None, None, "at once")
+    if is_open and len(io.StringIO(text, newline="").readlines()) - before > 1:
+        return Truth(None, None, "at the end")
     rows = []
     for number, fields in enumerate(records[1:], 2):
+        if fields is not None and len(fields) == 1 < len(header) and not fields[0].strip():
+            continue
         if is_open and number == len(records):
             rows.append(Row(reasons=_reasons(OPEN_QUOTE=True)))
         elif fields is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,9 +371,37 @@ def test_checkpoints(foreign: Build, tmp_path: Path) -> None:
     (path / "metrics.json").write_text('{"options": {"window": 96}}', encoding="utf-8")
     assert bundle.load_checkpoint(path).window == 96
     assert bundle.load_checkpoint(path, 40).window == 40
+    for other in ("no JSON", "[1]", '{"options": 3}'):  # of another program
+        (path / "metrics.json").write_text(other, encoding="utf-8")
+        assert bundle.load_checkpoint(path).window == 128
+    assert bundle.recorded_training(path) == {"options": 3}
     with pytest.raises(ModelError) as caught:
         bundle.load_checkpoint(tmp_path / "absent")
     assert str(caught.value) == f"{tmp_path / 'absent'}: no such checkpoint directory"
+
+
+def test_paths_that_cannot_be_read(tiny_parts: dict[str, bytes]) -> None:
+    """What the system refuses is the model's error, with the path; so is a name that no file can have."""
+    with pytest.raises(ModelError, match=r"^n{300}: cannot be read \(File name too long\)$"):
+        bundle.load("n" * 300)
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        (locked := Path(folder) / "locked").mkdir()
+        (foreign := Path(folder) / "foreign").mkdir()
+        write(locked / "model", tiny_parts)
+        write(foreign, {name: content for name, content in tiny_parts.items() if name != "medner.json"})
+        (foreign / "tokenizer.json").chmod(0)
+        locked.chmod(0)
+        if user == 0:  # who may read anywhere
+            os.seteuid(65534)
+        try:
+            for model in (locked / "model", foreign):
+                with pytest.raises(ModelError, match=rf"^{model}\S*: cannot be read \(Permission denied\)$"):
+                    bundle.load(model)
+        finally:
+            os.seteuid(user)
+            locked.chmod(0o700)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

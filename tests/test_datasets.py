@@ -288,6 +288,13 @@ def test_compressed_data(tmp_path: Path, suffix: str, compress: Callable[[bytes]
     assert load(str(tmp_path), "devel") == [Document("devel-0", "gout", expected, ((0, 4),))]
 
 
+def test_splits_beside_parquet_files(tmp_path: Path) -> None:
+    """Files of a split count more than Parquet files somewhere below them, such as those of a run."""
+    write(tmp_path / "devel.tsv", "gout\tB-D\n")
+    write(tmp_path / "runs" / "june" / "spans" / "part-000000.parquet", "")
+    assert [document.text for document in load(str(tmp_path), "devel")] == ["gout"]
+
+
 def test_compressed_data_that_ends_early(tmp_path: Path) -> None:
     """Half a file is no smaller data set."""
     path = tmp_path / "train.tsv.gz"

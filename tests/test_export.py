@@ -1,5 +1,6 @@
 """Checkpoint to bundle: the parity gate and what fails it, the choice of the window, the layout."""
 
+import errno
 import gzip
 import json
 import math
@@ -414,6 +415,36 @@ def test_what_training_recorded(checkpoint: Path, notes: Path, tmp_path: Path) -
     card = bundles.load(tmp_path / "b").card
     assert card["training"] == {"options": {"window": 32}, "devel": 0.5}
     assert card["parity"]["windows_tried"] == {}
+    (trained / "metrics.json").write_text("of another program")
+    export(ExportOptions(trained, tmp_path / "c", str(notes), precisions=("fp32",), window=48))
+    assert bundles.load(tmp_path / "c").card["training"] is None
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_notes_in_another_column(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
+    """Parity data has the column that is named; the error names the option."""
+    texts = [document.text for document in parity.read_parity_data(str(notes)).documents]
+    pq.write_table(pa.table({"report": texts}), tmp_path / "notes.parquet")
+    options = ExportOptions(
+        checkpoint, tmp_path / "b", str(tmp_path / "notes.parquet"), precisions=("fp32",), window=48
+    )
+    with pytest.raises(InputError, match="name another with --text-column"):
+        export(options)
+    export(replace(options, text_column="report"))
+    assert bundles.load(tmp_path / "b").card["parity"]["documents"] == len(texts)
+
+
+def test_a_disk_that_is_full(checkpoint: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of the checkpoint, and nothing is left behind."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    exporters = pytest.importorskip("optimum.exporters.onnx")
+    monkeypatch.setattr(exporters, "main_export", full)
+    with pytest.raises(OutputError, match=r"b: cannot be written \(No space left on device\)$"):
+        export(ExportOptions(checkpoint, tmp_path / "b", str(notes), precisions=("fp32",), window=48))
+    assert not any(path.name.startswith(("b", ".medner")) for path in tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("no_optimum")
@@ -944,6 +975,21 @@ def test_windows_beyond_the_limit_are_skipped(tmp_path: Path) -> None:
     assert (chosen.window, list(tried)) == (128, ["one segment", "64", "96", "128"])
     chosen, tried = verify.choose_window(limited(tmp_path / "b", 60), Fake(512), documents)
     assert (chosen.window, chosen.packed, list(tried)) == (60, False, ["one segment"])
+
+
+def test_a_few_long_sentences_are_no_documents() -> None:
+    """One that is longer than a window, or cut in two, changes nothing; empty ones do not count."""
+    sentences = [Document(str(i), "a fever", ((2, 7, "Disease"),)) for i in range(9)]
+    two = Document("two", "A fever. A cough.", ((2, 7, "Disease"),))
+    for other in (two, fevers(100, 0)):
+        with pytest.raises(InputError, match=r"devel\.txt holds single sentences"):
+            verify.choose_window(bundles.load("tiny"), Fake(512), data(*sentences, other))
+    empty = [Document(str(i), "", ()) for i in range(20)]
+    whole = [fevers(30, 0), fevers(30, 0)]
+    _, tried = verify.choose_window(bundles.load("tiny"), Fake(512), data(*empty, *whole))
+    assert list(tried) == ["one segment", "64", "96", "128"]
+    _, tried = verify.choose_window(bundles.load("tiny"), Fake(512), data(*sentences, *[two] * 9))
+    assert list(tried) == ["one segment", "64"]
 
 
 def test_the_window_needs_labelled_documents() -> None:

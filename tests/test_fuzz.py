@@ -279,8 +279,7 @@ def corpus(folder: Path) -> None:
     ]
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:5])) + gzip.compress(b"".join(lines[5:])))
     (folder / "b.csv").write_bytes(
-        b'\xef\xbb\xbfnote_id,text\r\n1,fever\n2,"no\rasthma\r\n"\r3\n\n4,f\xe9ver\n8,"fever" asthma\n'
-        b'5,"fever\n6,asthma\n'
+        b'\xef\xbb\xbfnote_id,text\r\n1,fever\n2,"no\rasthma\r\n"\r3\n\n4,f\xe9ver\n8,"fever" asthma\n5,"fever\n'
     )
     (folder / "deep/c.tsv.bz2").write_bytes(bz2.compress(b"text\tnote_id\n\ttsv\n"))
     table = {"note_id": [2**63 - 1, None, 0], "text": ["Type 2 diabetes\r\n", None, ""]}

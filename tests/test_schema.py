@@ -108,7 +108,7 @@ def test_kept_names_that_are_taken() -> None:
     for name in ("source", "row", "start", "label", "spans", "n_chars", "status", "text"):
         with pytest.raises(UsageError) as caught:
             schema.check_kept(["ward", name])
-        message = f"--keep {name}: the output has a column of that name already; rename it in the input"
+        message = f"--keep {name}: that is a name of medner's own columns; rename it in the input"
         assert str(caught.value) == message
     ward = pa.field("ward", pa.int16())
     with pytest.raises(UsageError) as caught:

@@ -236,6 +236,12 @@ def test_json_lines_of_times_in_an_unknown_zone() -> None:
         {"when": "2001-09-09 01:46:40.000000Z"},
         {"when": None},
     ]
+    kinds = pa.struct([("at", times.type), ("all", pa.list_(times.type)), ("day", pa.date32())])
+    nested = pa.array([{"at": 10**15, "all": [0, None], "day": 1}, None], kinds)
+    assert [orjson.loads(line)["when"] for line in sinks.json_lines(pa.table({"when": nested}))] == [
+        {"at": "2001-09-09 01:46:40.000000Z", "all": ["1970-01-01 00:00:00.000000Z", None], "day": "1970-01-02"},
+        None,
+    ]
 
 
 def test_a_column_kept_twice_is_refused() -> None:
@@ -645,6 +651,30 @@ def test_file_sink_takes_no_manifest_of_other_files(tmp_path: Path) -> None:
         f"{tmp_path / 'out.manifest.json'}: belongs to out.parquet; choose another -o, or remove it"
     )
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+
+
+def test_file_sink_beside_what_is_no_manifest(tmp_path: Path) -> None:
+    """Another program's file of that name, and one that cannot be read, are the output's errors."""
+    manifest = tmp_path / "out.manifest.json"
+    manifest.write_text('{"files": {}}')
+    with pytest.raises(OutputError) as caught:
+        FileSink(tmp_path / "out.jsonl", TableOptions(), overwrite=True)
+    assert str(caught.value) == f"{manifest}: belongs to another program; choose another -o, or remove it"
+    manifest.unlink()
+    manifest.mkdir()
+    with pytest.raises(OutputError, match=rf"^{manifest}: .+Is a directory"):
+        FileSink(tmp_path / "out.jsonl", TableOptions(), overwrite=True)
+
+
+def test_a_run_that_was_taken_over_keeps_its_manifest(tmp_path: Path) -> None:
+    """Who lost the lock meanwhile removes nothing of what the other run has finished."""
+    sink = DirectorySink(tmp_path / "run", "parquet", TableOptions())
+    (tmp_path / "run" / "lock.json").unlink()
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text("{}")
+    with pytest.raises(OutputError, match=r"its lock\.json is gone"):
+        sink.write(0, [two_rows()])
+    assert manifest.is_file()
 
 
 def test_a_run_that_begins_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

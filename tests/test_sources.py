@@ -274,13 +274,11 @@ def test_sources_that_would_be_the_same(tmp_path: Path) -> None:
     one, two = write(tmp_path / "x/n.jsonl", ""), write(tmp_path / "y/n.jsonl", "")
     message = "two inputs would both be called n.jsonl; pass their common directory instead"
     assert refused(UsageError, lambda: discover([str(one), str(two)])) == message
-    assert refused(UsageError, lambda: discover([str(one), str(one)])) == message
-    assert refused(UsageError, lambda: discover(["-", "-"])) == (
-        "two inputs would both be called -; pass their common directory instead"
-    )
-    assert refused(UsageError, lambda: discover([str(tmp_path), str(one)])) == (
-        f"{one} is given twice; pass each file once"
-    )
+    for inputs in ([str(one), str(one)], [str(tmp_path), str(one)]):
+        assert (
+            refused(UsageError, lambda inputs=inputs: discover(inputs)) == f"{one} is given twice; pass each file once"
+        )
+    assert refused(UsageError, lambda: discover(["-", "-"])) == "standard input is given twice; pass each file once"
 
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -303,7 +301,7 @@ def test_sources_that_would_be_the_same(tmp_path: Path) -> None:
         ({"text_column": "a\udcff"}, "--text-column 'a\\udcff' is no valid Unicode"),
         ({"id_column": "\ud800"}, "--id-column '\\ud800' is no valid Unicode"),
         ({"keep": ("ward", "\udcff")}, "--keep '\\udcff' is no valid Unicode"),
-        ({"keep": ("label",)}, "--keep label: the output has a column of that name already; rename it in the input"),
+        ({"keep": ("label",)}, "--keep label: that is a name of medner's own columns; rename it in the input"),
         ({"keep": ("ward", "ward")}, "a column was kept twice; name each --keep once"),
     ],
 )
@@ -604,11 +602,24 @@ def test_csv_undecodable_bytes(tmp_path: Path) -> None:
 
 
 def test_csv_open_quote(tmp_path: Path) -> None:
-    """What follows a quote that is never closed is one rejected row, not a note that swallowed the others."""
-    path = write(tmp_path / "n.csv", 'note_id,text\n1,a\n2,"b\n3,c\n4,d\n')
-    assert brief(read(path)) == [("1", "a"), ("n.csv:1", "a quote is not closed")]
+    """What follows a quote that is never closed is neither a note nor lost: the run ends there, if it is a line."""
+    path = write(tmp_path / "n.csv", 'note_id,text\n1,a\n\n2,"b\n3,c\n4,d\n')
+    assert refused(InputError, lambda: read(path)) == (
+        f"{path}: row 1: a quote is not closed by the end of the file, and there may be notes in the 3 lines from "
+        "there on; close or double the quote"
+    )
+    alone = write(tmp_path / "n.csv", 'note_id,text\n1,a\n2,"b\n')
+    assert brief(read(alone)) == [("1", "a"), ("n.csv:1", "a quote is not closed")]
     last = write(tmp_path / "last.csv", "note_id,text\n1,a\n2,b")
     assert brief(read(last)) == [("1", "a"), ("2", "b")]
+
+
+def test_csv_blank_lines(tmp_path: Path) -> None:
+    """A line of white space is no row, unless it is a note of white space."""
+    path = write(tmp_path / "n.csv", "note_id,text\n1,a\n\n  \n \t\n2,b\n")
+    assert brief(read(path)) == [("1", "a"), ("2", "b")]
+    path = write(tmp_path / "one.csv", "text\na\n\n  \nb\n")
+    assert [row["text"] for row in read(path)] == ["a", "  ", "b"]
 
 
 def test_csv_stray_quote(tmp_path: Path) -> None:
@@ -741,6 +752,13 @@ def test_parquet_dictionary_text(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "n.parquet", text=text, note_id=note_id)
     expected = [("A", "ok"), ("B", "undecodable bytes"), ("n.parquet:2", "text is null"), ("A", "ok")]
     assert brief(read(path)) == expected
+    # Where the places are no int32, Arrow converts the dictionary, and checks it.
+    text = pa.DictionaryArray.from_arrays(pa.array([0, 1]), invalid([b"\xff", b"fever"], pa.string()))
+    path = write_parquet(tmp_path / "other.parquet", text=text)
+    assert refused(InputError, lambda: read(path)) == (
+        f"cannot read {path}: a dictionary of strings in it holds bytes that are no text; write that column as plain "
+        "strings or bytes"
+    )
 
 
 @pytest.mark.parametrize(

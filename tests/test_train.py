@@ -1,9 +1,13 @@
 """Fine-tuning: words and labels as in inference, the best epoch on devel kept, resumable, its figures beside it."""
 
+import errno
 import json
+import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("seqeval")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from safetensors import SafetensorError  # noqa: E402
+
+from medner import pytorch  # noqa: E402
 from medner import train as training  # noqa: E402
 from medner.datasets import Document, entities, load  # noqa: E402
 from medner.errors import InputError, ModelError, OutputError, UsageError  # noqa: E402
@@ -257,7 +265,8 @@ def test_a_training_is_resumed_on_its_own_data(
     first = replace(options, data=(str(data),), output=tmp_path / "out", epochs=1, max_documents=8)
     train(first)
     figures = (first.output / "metrics.json").read_bytes()
-    assert train(replace(first, resume=True)).epochs
+    other_name = first.output.parent / ".." / tmp_path.name / "out"
+    assert train(replace(first, resume=True, output=other_name)).epochs
     assert (first.output / "metrics.json").read_bytes() == figures  # with the time of what was trained
     for path in data.glob("devel*"):
         path.write_text(path.read_text().replace("B-Problem", "B-Site"))
@@ -511,6 +520,13 @@ def test_unfit_teachers(result: training.TrainResult, options: TrainOptions, tmp
     (cased / "tokenizer_config.json").write_text(json.dumps(rules))
     with pytest.raises(ModelError, match="has another tokenizer than"):
         train(replace(taught, teachers=(str(cased),), output=tmp_path / "again"))
+    bare = shutil.copytree(result.output, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
+    without = json.loads((bare / "tokenizer.json").read_text()) | {"post_processor": None}
+    (bare / "tokenizer.json").write_text(json.dumps(without))
+    kind = json.loads((bare / "tokenizer_config.json").read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (bare / "tokenizer_config.json").write_text(json.dumps(kind))
+    with pytest.raises(ModelError, match="has another tokenizer than"):
+        train(replace(taught, teachers=(str(bare),), output=tmp_path / "again"))
 
 
 def test_teachers_are_checked_before_anything_is_written(
@@ -658,6 +674,141 @@ def test_unusable_bases_and_data(options: TrainOptions, base: Path, tmp_path: Pa
     with pytest.raises(InputError, match="devel has the label X, which train has not; rename it"):
         train(replace(fresh, data=(str(tmp_path),)))
     assert not fresh.output.exists()
+
+
+def config_of(checkpoint: Path, **changes: Any) -> None:
+    """Change settings in a checkpoint's ``config.json``."""
+    config = json.loads((checkpoint / "config.json").read_text()) | changes
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+def renamed_weights(checkpoint: Path) -> None:
+    """Weights as a wrapper for several GPUs names them."""
+    weights = safetensors_torch.load_file(checkpoint / "model.safetensors")
+    safetensors_torch.save_file(
+        {f"module.{name}": value for name, value in weights.items()},
+        checkpoint / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [renamed_weights, partial(config_of, vocab_size=60), partial(config_of, num_hidden_layers=4)],
+    ids=["names", "tokens", "layers"],
+)
+def test_a_base_whose_weights_do_not_fill_it(
+    spoil: Callable[[Path], None], options: TrainOptions, base: Path, tmp_path: Path
+) -> None:
+    """What the encoder lacks would be random numbers; only the head may be new."""
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    spoil(other)
+    with pytest.raises(ModelError, match=r": its weights do not fit its config\.json, which asks for bert\."):
+        train(replace(options, base=str(other), output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"\x10\0\0\0\0\0\0\0{"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+        ("tokenizer.json", b'{"version": "1.0"}'),
+        ("config.json", b"[1]"),
+    ],
+)
+def test_a_damaged_base(name: str, content: bytes, options: TrainOptions, base: Path, tmp_path: Path) -> None:
+    """Whatever a library raises over it, it is no defect of medner."""
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    (other / name).write_bytes(content)
+    with pytest.raises(ModelError, match=rf"^{other}: cannot be loaded as a base model \(.+\);\nname a checkpoint"):
+        train(replace(options, base=str(other), output=tmp_path / "out"))
+
+
+def test_a_tokenizer_of_another_base(options: TrainOptions, base: Path, tmp_path: Path) -> None:
+    """One with more tokens than the model has is found before anything is trained."""
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    (other / "tokenizer.json").unlink()
+    (other / "vocab.txt").write_text("\n".join([*PIECES.split(), "more"]))
+    with pytest.raises(
+        ModelError, match=r": its tokenizer has a token 25, and its model 25 tokens; they do not belong"
+    ):
+        train(replace(options, base=str(other), output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_window_at_the_limit_of_positions(options: TrainOptions, base: Path, tmp_path: Path) -> None:
+    """Batches are padded to a multiple of eight, but not beyond the window."""
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    config = transformers.AutoConfig.from_pretrained(base, max_position_embeddings=13)
+    transformers.BertForTokenClassification(config).save_pretrained(other)
+    (data := tmp_path / "data").mkdir()
+    for split in ("train", "devel"):
+        (data / f"{split}.jsonl").write_text(json.dumps({"text": "the gout " * 8, "spans": [[4, 8, "Problem"]]}))
+    given = replace(options, data=(str(data),), base=str(other), window=13, output=tmp_path / "out", epochs=1)
+    assert train(given).epochs
+
+
+def test_a_head_is_kept_for_the_same_tags_in_their_order(
+    result: training.TrainResult, options: TrainOptions, tmp_path: Path
+) -> None:
+    """A base that was trained for the same tags goes on from there; another order of them gets a new head."""
+    own, other = result.output, Path(shutil.copytree(result.output, tmp_path / "other"))
+    config_of(other, id2label=dict(enumerate(reversed(TAGS))), label2id={tag: 4 - i for i, tag in enumerate(TAGS)})
+    tokenizer = training.load_tokenizer(str(own))
+    heads = [training._load_model(str(path), TAGS, tokenizer).classifier for path in (own, other)]
+    trained = weights_of(own)["classifier.weight"]
+    assert torch.equal(heads[0].weight, trained)
+    assert heads[1].weight.shape == trained.shape
+    assert not torch.equal(heads[1].weight, trained)
+    assert not heads[1].bias.any()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (
+            SafetensorError("Error while serializing: I/O error: File too large"),
+            "Error while serializing: I/O error: F",
+        ),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "[enforce fail] . Pytorch"),
+    ],
+)
+def test_a_disk_that_is_full(error: Exception, said: str) -> None:
+    """It is the output's error, whichever library writes; what else goes wrong is not."""
+    with pytest.raises(OutputError) as failure, training._output_errors(Path("model")):
+        raise error
+    assert str(failure.value).startswith(f"model: cannot be written ({said}")
+    with pytest.raises(RuntimeError, match="mat1"), training._output_errors(Path("model")):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_labels_that_differ_by_a_hyphen(encoder: WordTokenizer) -> None:
+    """seqeval strips hyphens from labels; devel counts CD4- and CD4 as two."""
+    tags = ["O", "B-CD4", "I-CD4", "B-CD4-", "I-CD4-"]
+    encoded = encode([Document("a", "knee pain", ((0, 4, "CD4"), (5, 9, "CD4-")))], encoder, tags, 32)
+    scores = training._strict(encoded, [np.array([0, 1, 1, 0])], tags)
+    assert (scores["precision"], scores["recall"], scores["f1"]) == (0.5, 0.5, 0.5)
+
+
+def test_a_teacher_on_the_hub(
+    result: training.TrainResult, options: TrainOptions, encoder: WordTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher's name is looked up there, as that of a base is; a directory never is."""
+    asked = []
+
+    class Asked(pytorch.TorchModel):
+        def __init__(self, checkpoint: str | Path, *given: Any, on_hub: bool) -> None:
+            asked.append((str(checkpoint), on_hub))
+            super().__init__(result.output, *given)
+
+    monkeypatch.setattr(pytorch, "TorchModel", Asked)
+    encoded = encode([Document("a", "knee pain", ())], encoder, TAGS, 32)
+    for name in ("somebody/teacher", str(result.output)):
+        training._probabilities(name, encoded, encoder.pad_id, "fp32")
+    assert asked == [("somebody/teacher", True), (str(result.output), False)]
 
 
 @pytest.mark.parametrize(
