@@ -378,7 +378,7 @@ def main() -> None:
         "scores": scores_of(path),
     }
     manifest = json.loads((path / bundle.MANIFEST).read_text(encoding="utf-8"))
-    written = {key: manifest[key] for key in ("licence", "parity", "training", "versions")}
+    written = {key: manifest[key] for key in ("licence", "checkpoint", "parity", "training", "versions")}
     _strip_paths(written["training"])
     if chosen in training.MEANS:  # a mean has no training of its own: what is there is the last seed's
         written["training"]["mean_of_seeds"] = list(SEEDS)

@@ -181,6 +181,7 @@ def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, 
     name = options.name or options.output.name
     card: dict[str, Any] = {
         "licence": options.licence,
+        "checkpoint": bundles.weight_hashes(options.checkpoint),
         "parity": report,
         "training": bundles.recorded_training(options.checkpoint),
         "versions": {**{package: version(package) for package in _PACKAGES}, "onnxruntime": runtime.version()},

@@ -192,6 +192,12 @@ def recorded_training(checkpoint: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def weight_hashes(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of the files of a PyTorch checkpoint that hold weights, by name; none for a hub's name."""
+    files = [path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in checkpoint.glob(pattern)]
+    return {path.name: sha256_of(path) for path in sorted(files)}
+
+
 def _locate(model: str) -> tuple[Path, str]:
     path = Path(model)
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises below what may not be searched
@@ -528,6 +534,8 @@ def describe(bundle: Bundle) -> str:
 def _card_lines(card: Mapping[str, Any]) -> Iterator[str]:
     if card.get("licence"):
         yield f"licence   {card['licence']}"
+    for name, digest in (card.get("checkpoint") or {}).items():
+        yield f"made of   {name}, SHA-256 {digest[:16]}..."
     for name, scores in (card.get("scores") or {}).items():
         overall = scores["overall"]
         yield f"score     {name}: F1 {overall['f1']:.4f} (95 % interval {overall['low']:.4f} to {overall['high']:.4f})"

@@ -164,7 +164,7 @@ def check_parity(result: Mapping[str, Any]) -> None:
 
 
 def check_pair(checkpoint: Path, model: str) -> bundles.Bundle:
-    """The bundle, which must be intact and have the checkpoint's labels and tokenizer, else :class:`ModelError`."""
+    """The bundle, which must be intact and of the checkpoint's labels, tokenizer and weights, else a ModelError."""
     trained, bundle = bundles.load_checkpoint(checkpoint), bundles.load(model)
     bundle.check()
     if trained.labels != bundle.labels:
@@ -175,6 +175,12 @@ def check_pair(checkpoint: Path, model: str) -> bundles.Bundle:
     if _tokenizer(trained) != _tokenizer(bundle):
         raise ModelError(
             f"{model}: its tokenizer.json is not that of {checkpoint}; "
+            "compare a bundle with the checkpoint that it was exported from"
+        )
+    made_of = bundle.card.get("checkpoint")
+    if made_of and made_of != bundles.weight_hashes(checkpoint):
+        raise ModelError(
+            f"{model}: was exported from other weights than those of {checkpoint}; "
             "compare a bundle with the checkpoint that it was exported from"
         )
     return bundle

@@ -298,7 +298,7 @@ def test_a_bundle_without_fp32(pair: tuple[Path, Path], notes: str, call: Medner
 
 
 def test_a_bundle_of_another_checkpoint(pair: tuple[Path, Path], notes: str, call: Medner, tmp_path: Path) -> None:
-    """Other labels and another tokenizer are model errors, exit code 4; nothing is written."""
+    """Other labels, another tokenizer, other weights: model errors, exit code 4; nothing is written."""
     checkpoint = shutil.copytree(pair[0], tmp_path / "other")
     config = json.loads((checkpoint / "config.json").read_text())
     config["id2label"] = {"0": "O", "1": "B-Drug", "2": "I-Drug"}
@@ -315,6 +315,13 @@ def test_a_bundle_of_another_checkpoint(pair: tuple[Path, Path], notes: str, cal
     (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": None}))
     assert call(checkpoint, pair[1], notes) == (
         4, "", f"medner: {pair[1]}: its tokenizer.json is not that of {checkpoint}; "
+        "compare a bundle with the checkpoint that it was exported from\n",
+    )  # fmt: skip
+    bundle = shutil.copytree(pair[1], tmp_path / "bundle")
+    card = json.loads((bundle / "medner.json").read_text()) | {"checkpoint": {"model.safetensors": "0" * 64}}
+    (bundle / "medner.json").write_text(json.dumps(card))
+    assert call(pair[0], bundle, notes) == (
+        4, "", f"medner: {bundle}: was exported from other weights than those of {pair[0]}; "
         "compare a bundle with the checkpoint that it was exported from\n",
     )  # fmt: skip
     assert not Path("out").exists()

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -250,6 +251,7 @@ def test_manifest_of_a_bundle(checkpoint: Path, notes: Path, exported: tuple[Pat
             for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
         },
         "licence": "CC0-1.0",
+        "checkpoint": {"model.safetensors": bundles.sha256_of(checkpoint / "model.safetensors")},
         "training": None,
         "versions": {
             "medner": medner.__version__,
@@ -408,12 +410,15 @@ def test_fp16_that_overflows(
 
 @pytest.mark.usefixtures("no_optimum")
 def test_what_training_recorded(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
-    """metrics.json of the checkpoint goes into medner.json."""
+    """metrics.json of the checkpoint goes into medner.json, and the hash of its weights."""
     trained = shutil.copytree(checkpoint, tmp_path / "trained")
     (trained / "metrics.json").write_text('{"options": {"window": 32}, "devel": 0.5}')
     export(ExportOptions(trained, tmp_path / "b", str(notes), precisions=("fp32",), window=48))
     card = bundles.load(tmp_path / "b").card
     assert card["training"] == {"options": {"window": 32}, "devel": 0.5}
+    digest = hashlib.sha256((trained / "model.safetensors").read_bytes()).hexdigest()
+    assert card["checkpoint"] == {"model.safetensors": digest}
+    assert f"made of   model.safetensors, SHA-256 {digest[:16]}..." in bundles.describe(bundles.load(tmp_path / "b"))
     assert card["parity"]["windows_tried"] == {}
     (trained / "metrics.json").write_text("of another program")
     export(ExportOptions(trained, tmp_path / "c", str(notes), precisions=("fp32",), window=48))
