@@ -86,8 +86,8 @@ def load(data: str | Path, split: str, labels: Mapping[str, str] | None = None) 
     is_directory = os.path.isdir(path)  # noqa: PTH112
     if os.path.isfile(path):  # noqa: PTH113
         documents = _read(path)
-    elif is_directory and ((found := _split_files(path, split)) or not any(path.rglob("*.parquet"))):
-        documents = _read(_only(found, path, split))
+    elif is_directory and ((named := _split_files(path, split, exact=True)) or not any(path.rglob("*.parquet"))):
+        documents = _read(_only(named or _split_files(path, split, exact=False), path, split))
     elif is_directory or _looks_like_hub_name(data):
         documents = list(_load_hub(data, split))
     else:
@@ -217,16 +217,18 @@ def disjoint(spans: Iterable[Span]) -> tuple[Span, ...]:
 # Files
 
 
-def _split_files(directory: Path, split: str) -> list[Path]:
-    """Files of a directory that may hold a split: by its exact name, else by a name that contains the split's."""
+def _split_files(directory: Path, split: str, *, exact: bool) -> list[Path]:
+    """Files of a directory that may hold a split: of its exact name, or of names that contain the split's."""
     names = SPLITS[split]
     stems = {
         path: name.stem.lower()
         for path in sorted(directory.iterdir())
         if path.is_file() and (name := sources.uncompressed(path)).suffix.lower() in _SUFFIXES
     }
+    if exact:
+        return [path for path, stem in stems.items() if stem in names]
     others = [name for other, known in SPLITS.items() if other != split for name in known[:2]]
-    return [path for path, stem in stems.items() if stem in names] or [
+    return [
         path
         for path, stem in stems.items()
         # "latest_train" is no test split.
@@ -391,8 +393,9 @@ def _load_hub(name: str, split: str) -> Iterator[Document]:
     if found is None:
         raise InputError(f"{name}: no {split} split; it has {', '.join(map(str, splits))}")
     rows = splits[found]
-    if not {"tokens", "ner_tags"} <= set(rows.column_names):
-        raise InputError(f"{name}: expected the columns tokens and ner_tags; it has {', '.join(rows.column_names)}")
+    columns = rows.column_names or ()  # None where there is no file that says
+    if not {"tokens", "ner_tags"} <= set(columns):
+        raise InputError(f"{name}: expected the columns tokens and ner_tags; it has {', '.join(columns) or 'none'}")
     names = getattr(getattr(rows.features["ner_tags"], "feature", None), "names", None)
     for index, row in enumerate(_readable(rows, name)):
         tokens, tags = row["tokens"], row["ner_tags"]

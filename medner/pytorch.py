@@ -33,7 +33,7 @@ class TorchModel:
         except ImportError as exc:
             raise MissingPackage('PyTorch checkpoints need: pip install "medner[train]"') from exc
         self._torch: Any = torch
-        self._checkpoint = checkpoint
+        self._checkpoint, self._precision = checkpoint, precision
         try:
             model, loading = AutoModelForTokenClassification.from_pretrained(
                 str(checkpoint), local_files_only=not on_hub, trust_remote_code=False, output_loading_info=True
@@ -60,7 +60,8 @@ class TorchModel:
             output = self._model(input_ids=torch.from_numpy(ids).to(self._device), attention_mask=mask.to(self._device))
         logits = np.asarray(output.logits.float().cpu().numpy(), dtype=np.float32)
         if not np.isfinite(logits[real].max(axis=-1)).all():  # as a session judges its graph
-            raise ModelError(f"{self._checkpoint}: its logits are no numbers; train it at a lower learning rate")
+            step = "use another precision" if self._precision == "fp16" else "train it at a lower learning rate"
+            raise ModelError(f"{self._checkpoint}: its logits are no numbers in {self._precision}; {step}")
         return logits
 
     def use_threads(self, threads: int) -> None:

@@ -89,6 +89,7 @@ class Reason(StrEnum):
     WIDTH = "wrong number of fields"
     OPEN_QUOTE = "a quote is not closed"
     STRAY_QUOTE = "text follows a closed quote"
+    STRAY_QUOTE_BELOW = "text follows a quote closed lines below, which may hold notes"
     ID_RANGE = "id is beyond 64 bits"
     ID_TYPE = "id is not a string or number"
     TOO_LARGE = "note is too large"
@@ -398,9 +399,9 @@ class Reader:
             self._record(raw, rows, whole=True)
 
     def _records(self, file: InputFile, text: io.TextIOWrapper) -> Iterator[_Record]:
-        if file.kind == "jsonl":
-            return _json_records(file, text, self._options, self._left)
-        return (_csv_records if file.kind == "csv" else _text_records)(file, text, self._options)
+        if file.kind == "text":
+            return _text_records(file, text, self._options)
+        return (_json_records if file.kind == "jsonl" else _csv_records)(file, text, self._options, self._left)
 
     def _admit(
         self, source: str, row: int, note_id: str | None, text: str | None, reason: Reason | None, kept: _Kept
@@ -946,7 +947,9 @@ class _CsvLines:
         self._file = file
         self._most = HELD_PER_NOTE * options.max_note_bytes + _CHUNK
         self._lines = _lines(text, self._most + 2)  # a piece is too long, its byte-order mark not counted
-        self.held = self.count = 0
+        self.held = 0
+        #: Lines since the last record that are not blank.
+        self.count = 0
         self.row = 0
         self.open = False
 
@@ -957,7 +960,7 @@ class _CsvLines:
     def __iter__(self) -> Iterator[str]:
         for line in self._lines:
             self.held += len(line)
-            self.count += 1
+            self.count += not line.isspace()
             if self.held > self._most:
                 raise InputError(
                     f"{self._file}: row {self.row} is longer than {self._most} characters; is a quote not closed there?"
@@ -967,7 +970,7 @@ class _CsvLines:
         self.open = self.held > 0
 
 
-def _csv_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions) -> Iterator[_Record]:
+def _csv_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions, limit: int | None) -> Iterator[_Record]:
     lines = _CsvLines(file, text, options)
     reader = _csv_reader(file, lines, options)
     width, column, id_column, keep = _csv_header(file, lines, reader, options)
@@ -976,16 +979,18 @@ def _csv_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions) 
     for fields in _csv_fields(reader):
         count = lines.count
         lines.begin_record()
-        if fields is not None and (not fields or (len(fields) == 1 < width and not fields[0].strip())):
+        if fields is not None and not count and len(fields) != width:  # a blank line
             continue
-        if fields is None and lines.open and count > 1:
+        # Beyond the limit it is asked for, but not taken.
+        if fields is None and lines.open and count > 1 and (limit is None or lines.row < limit):
             raise InputError(
                 f"{file}: row {lines.row}: a quote is not closed by the end of the file, and there may be notes in the "
                 f"{count} lines from there on; close or double the quote"
             )
         lines.row += 1
         if fields is None:
-            yield None, None, Reason.OPEN_QUOTE if lines.open else Reason.STRAY_QUOTE, nothing
+            stray = Reason.STRAY_QUOTE_BELOW if count > 1 else Reason.STRAY_QUOTE
+            yield None, None, Reason.OPEN_QUOTE if lines.open else stray, nothing
         elif len(fields) != width:
             yield None, None, Reason.WIDTH, nothing
         else:
@@ -1018,7 +1023,7 @@ def _csv_header(
     Messages do not list the columns found: in a file without a header they are a note.
     """
     try:
-        header = next(filter(None, reader), [])
+        header = next(filter(lambda _: lines.count, reader), [])
     except csv.Error as exc:
         wrong = "is not closed" if lines.open else "stands inside a field"
         raise InputError(f"{file}: a quote in its header {wrong}; write the file again") from exc

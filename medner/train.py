@@ -14,6 +14,7 @@ import platform
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -35,7 +36,7 @@ from medner.score import tags_of
 try:
     import torch
     import transformers
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
     from seqeval.metrics.v1 import precision_recall_fscore_support
     from seqeval.scheme import IOB2
@@ -531,7 +532,7 @@ def _load_model(base: str, tags: Sequence[str], tokenizer: Any) -> Any:
     """
     path = str(_expanded(base))
     with _base_errors(base):
-        own_tags = _tags_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        own = AutoConfig.from_pretrained(path, trust_remote_code=False).id2label
         config = AutoConfig.from_pretrained(
             path,
             output_hidden_states=False,  # a base may ask for them; the Trainer takes each output for logits
@@ -555,19 +556,21 @@ def _load_model(base: str, tags: Sequence[str], tokenizer: Any) -> Any:
     new = {*loading["missing_keys"], *loading["mismatched_keys"]}
     encoder = f"{model.base_model_prefix}."
     if lost := sorted(name for name in new if name.startswith(encoder)):
+        others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise ModelError(
-            f"{base}: its weights do not fit its config.json, which asks for {lost[0]} and {len(lost) - 1} others that "
-            "are not there, or of another shape;\nname a checkpoint that transformers wrote"
+            f"{base}: its weights do not fit its config.json: no {lost[0]}{others}, or of another shape;\n"
+            "name a checkpoint that transformers wrote"
         )
-    n_tokens = model.get_input_embeddings().num_embeddings
+    n_tokens = len(model.get_input_embeddings().weight)
     if (last := max(tokenizer.get_vocab().values())) >= n_tokens:
         raise ModelError(
             f"{base}: its tokenizer has a token {last}, and its model {n_tokens} tokens; they do not belong together"
         )
-    if own_tags != list(tags) and not new:
-        for name, part in model.named_children():
-            if f"{name}." != encoder:
-                part.apply(model._init_weights)  # as transformers fills one that does not fit
+    if not new and [own.get(number) for number in range(len(own))] != list(tags):
+        for name, part in model.named_modules():  # as transformers fills a head that is not there
+            if isinstance(part, torch.nn.Linear) and part.out_features == len(tags) and not name.startswith(encoder):
+                torch.nn.init.normal_(part.weight, std=getattr(config, "initializer_range", 0.02))
+                torch.nn.init.zeros_(part.bias)
     return model
 
 
@@ -609,9 +612,20 @@ def _claim(
             )
     except OSError as error:
         raise OutputError(f"{options.output}: cannot be written ({error.strerror})") from error
-    # The trainer writes its state last: a checkpoint without it was cut off.
-    whole = [path.parent for path in note.parent.glob("checkpoint-*/trainer_state.json")]
+    whole = filter(_is_whole, note.parent.glob("checkpoint-*"))
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the Trainer's checkpoint was neither cut off nor damaged since, as far as its files' own ends tell."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(checkpoint / "model.safetensors", "pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    states = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    return checkpoint / "optimizer.pt" in states and all(map(zipfile.is_zipfile, states))
 
 
 @contextmanager
@@ -622,14 +636,14 @@ def _output_errors(output: Path) -> Iterator[None]:
     except BrokenPipeError:  # of standard error
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _WRITER.search(str(error)):
+        if not isinstance(error, OSError) and not _WRITER.search(str(error)):
             raise
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise OutputError(f"{output}: cannot be written ({reason}); go on with --resume once it can") from error
 
 
-#: By which errors of PyTorch's own writer of files are known.
-_WRITER = re.compile("PytorchStreamWriter|iostream error|inline_container")
+#: By which errors of the writers of safetensors and of PyTorch are known.
+_WRITER = re.compile("Error while serializing|PytorchStreamWriter|iostream error|unexpected pos")
 
 
 def _digest(documents: Iterable[Document]) -> str:

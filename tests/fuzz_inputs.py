@@ -275,49 +275,49 @@ def id_of(value: object) -> tuple[str | None, Reason | None]:
     return (None, None) if value is None or value == "" else (str(value), None)
 
 
-def _csv_lists(reader: Any) -> tuple[list[list[str] | None], int]:
-    """Records that are not empty, None for one with text behind a closed quote; and the lines before the last one."""
-    records: list[list[str] | None] = []
-    before = 0
+def _csv_lists(lines: Sequence[str], delimiter: str) -> list[tuple[list[str] | None, int]]:
+    """Records, None for one with text behind a closed quote; and how many lines of each are not blank."""
+    records: list[tuple[list[str] | None, int]] = []
+    reader = csv.reader(iter(lines), delimiter=delimiter, strict=True)
     while True:
         start = reader.line_num
         try:
             fields = next(reader)
         except StopIteration:
-            return records, before
+            return records
         except csv.Error:
             fields = None
-        if fields is None or fields:
-            records.append(fields)
-            before = start
+        records.append((fields, sum(not line.isspace() for line in lines[start : reader.line_num])))
 
 
 def csv_truth(text: str, delimiter: str, options: ReadOptions) -> Truth:
     """What is to be read from the text of a CSV file."""
     # A last line that cannot be mistaken for anything else becomes a record of its own unless a quote is open.
     end = "fuzz\u2603end"
-    lines = io.StringIO(f"{text}\r\n{end}", newline="")
-    records, before = _csv_lists(csv.reader(lines, delimiter=delimiter, strict=True))
-    is_open = records[-1] != [end]
+    lines = io.StringIO(f"{text}\r\n{end}", newline="").readlines()
+    records = _csv_lists(lines, delimiter)
+    is_open = records[-1][0] != [end]
     if not is_open:
         del records[-1]
-    header = (records[0] or []) if records else []
+    while records and not records[0][1]:  # blank lines
+        del records[0]
+    header = (records[0][0] or []) if records else []
     id_column = options.id_column or "note_id"
     named = [options.text_column, *options.keep, *([id_column] if options.id_column is not None else [])]
     if any(name not in header for name in named) or any(header.count(name) > 1 for name in [*named, id_column]):
         return Truth(None, None, "at once")
     if is_open and len(records) == 1:
         return Truth(None, None, "at once")
-    if is_open and len(io.StringIO(text, newline="").readlines()) - before > 1:
+    if is_open and records[-1][1] > 2:  # with the end
         return Truth(None, None, "at the end")
     rows = []
-    for number, fields in enumerate(records[1:], 2):
-        if fields is not None and len(fields) == 1 < len(header) and not fields[0].strip():
+    for number, (fields, count) in enumerate(records[1:], 2):
+        if fields is not None and not count and len(fields) != len(header):
             continue
         if is_open and number == len(records):
             rows.append(Row(reasons=_reasons(OPEN_QUOTE=True)))
         elif fields is None:
-            rows.append(Row(reasons=_reasons(STRAY_QUOTE=True)))
+            rows.append(Row(reasons=_reasons(STRAY_QUOTE=count == 1, STRAY_QUOTE_BELOW=count > 1)))
         elif len(fields) != len(header):
             rows.append(Row(reasons=_reasons(WIDTH=True)))
         else:

@@ -293,6 +293,12 @@ def test_splits_beside_parquet_files(tmp_path: Path) -> None:
     write(tmp_path / "devel.tsv", "gout\tB-D\n")
     write(tmp_path / "runs" / "june" / "spans" / "part-000000.parquet", "")
     assert [document.text for document in load(str(tmp_path), "devel")] == ["gout"]
+    # Whatever only has the split in its name does not.
+    pytest.importorskip("datasets")
+    write(tmp_path / "train_log.txt", "epoch 1: F1 0.5\n")
+    with pytest.raises(InputError) as error:
+        load(str(tmp_path), "train")
+    assert str(error.value) == f"{tmp_path}: expected the columns tokens and ner_tags; it has none"
 
 
 def test_compressed_data_that_ends_early(tmp_path: Path) -> None:

@@ -61,13 +61,14 @@ def agrees(folder: Path, annotator: Annotator, data: bytes, name: str, **options
 
 
 def test_seeded_cases(tmp_path: Path, annotator: Annotator) -> None:
-    """Some hundred whole runs agree with the second reader, and between them they see every outcome and reason."""
+    """Some hundred whole runs agree with the second reader, and between them they see every outcome and all reasons but one."""
     report = harness.Report()
     harness.fuzz(SEED, range(CASES), tmp_path, annotator, report)
     assert report.failures == []
     assert report.cases.total() == CASES
     seen = {name for _, name in report.outcomes}
-    assert {"exit 0", "exit 2", "exit 3", "exit 4", *Reason} <= seen
+    rare = {Reason.STRAY_QUOTE}  # which the corpus below has
+    assert {"exit 0", "exit 2", "exit 3", "exit 4", *Reason} - rare <= seen
     assert not list(tmp_path.iterdir())
 
 
@@ -279,7 +280,8 @@ def corpus(folder: Path) -> None:
     ]
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:5])) + gzip.compress(b"".join(lines[5:])))
     (folder / "b.csv").write_bytes(
-        b'\xef\xbb\xbfnote_id,text\r\n1,fever\n2,"no\rasthma\r\n"\r3\n\n4,f\xe9ver\n8,"fever" asthma\n5,"fever\n'
+        b'\xef\xbb\xbfnote_id,text\r\n1,fever\n2,"no\rasthma\r\n"\r3\n\n4,f\xe9ver\n8,"fever" asthma\n'
+        b'9,"fever\n10,"asthma"\n5,"fever\n'
     )
     (folder / "deep/c.tsv.bz2").write_bytes(bz2.compress(b"text\tnote_id\n\ttsv\n"))
     table = {"note_id": [2**63 - 1, None, 0], "text": ["Type 2 diabetes\r\n", None, ""]}
@@ -306,7 +308,8 @@ CORPUS: list[tuple[str, int, str, str | None, list[str]]] = [
     ("b.csv", 2, "b.csv:2", "wrong number of fields", []),
     ("b.csv", 3, "4", "undecodable bytes", []),
     ("b.csv", 4, "b.csv:4", "text follows a closed quote", []),
-    ("b.csv", 5, "b.csv:5", "a quote is not closed", []),
+    ("b.csv", 5, "b.csv:5", "text follows a quote closed lines below, which may hold notes", []),
+    ("b.csv", 6, "b.csv:6", "a quote is not closed", []),
     ("deep/c.tsv.bz2", 0, "tsv", None, []),
     ("deep/d.parquet", 0, "9223372036854775807", None, ["Type 2 diabetes"]),
     ("deep/d.parquet", 1, "deep/d.parquet:1", "text is null", []),
@@ -329,11 +332,11 @@ def test_a_corpus_with_everything_in_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert set(rejected) == set(Reason)
     assert [row["status"] for row in notes] == ["rejected" if row[3] else "annotated" for row in CORPUS]
     counts = json.loads((tmp_path / "out/manifest.json").read_bytes())["counts"]
-    assert (counts["rows"], counts["annotated"], counts["rejected"], counts["spans"]) == (23, 7, 16, 5)
+    assert (counts["rows"], counts["annotated"], counts["rejected"], counts["spans"]) == (24, 7, 17, 5)
     assert (code, *capsys.readouterr()) == (
         3,
         "",
-        "medner: 16 of 23 rows were rejected, more than --max-rejected 0 allows; "
+        "medner: 17 of 24 rows were rejected, more than --max-rejected 0 allows; "
         "the output is complete and gives each one's reason\n",
     )
 

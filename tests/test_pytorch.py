@@ -178,5 +178,11 @@ def test_weights_that_are_no_numbers(checkpoint: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForTokenClassification.from_pretrained(checkpoint)
     model.classifier.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r": its logits are no numbers; train it at a lower learning rate$"):
-        TorchModel(tmp_path)(np.ones((2, 3), np.int64), np.array([3, 1]))
+    given = np.ones((2, 3), np.int64), np.array([3, 1])
+    with pytest.raises(ModelError, match=r": its logits are no numbers in fp32; train it at a lower learning rate$"):
+        TorchModel(tmp_path)(*given)
+    # An impossible class is none.
+    model.classifier.weight.data.fill_(0.0)
+    model.classifier.bias.data[2] = -torch.inf
+    model.save_pretrained(tmp_path)
+    assert np.isneginf(TorchModel(tmp_path)(*given)[..., 2]).all()

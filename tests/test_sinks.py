@@ -236,10 +236,16 @@ def test_json_lines_of_times_in_an_unknown_zone() -> None:
         {"when": "2001-09-09 01:46:40.000000Z"},
         {"when": None},
     ]
-    kinds = pa.struct([("at", times.type), ("all", pa.list_(times.type)), ("day", pa.date32())])
-    nested = pa.array([{"at": 10**15, "all": [0, None], "day": 1}, None], kinds)
+    naive = pa.timestamp("us")
+    kinds = pa.struct([("at", times.type), ("all", pa.list_(times.type)), ("day", pa.date32()), ("naive", naive)])
+    nested = pa.array([{"at": 10**15, "all": [0, None], "day": 1, "naive": 0}, None], kinds)
     assert [orjson.loads(line)["when"] for line in sinks.json_lines(pa.table({"when": nested}))] == [
-        {"at": "2001-09-09 01:46:40.000000Z", "all": ["1970-01-01 00:00:00.000000Z", None], "day": "1970-01-02"},
+        {
+            "at": "2001-09-09 01:46:40.000000Z",
+            "all": ["1970-01-01 00:00:00.000000Z", None],
+            "day": "1970-01-02",
+            "naive": "1970-01-01 00:00:00.000000",
+        },
         None,
     ]
 

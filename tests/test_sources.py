@@ -608,7 +608,8 @@ def test_csv_open_quote(tmp_path: Path) -> None:
         f"{path}: row 1: a quote is not closed by the end of the file, and there may be notes in the 3 lines from "
         "there on; close or double the quote"
     )
-    alone = write(tmp_path / "n.csv", 'note_id,text\n1,a\n2,"b\n')
+    assert brief(read(path, limit=1)) == [("1", "a")]
+    alone = write(tmp_path / "n.csv", 'note_id,text\n1,a\n2,"b\n\n \n')
     assert brief(read(alone)) == [("1", "a"), ("n.csv:1", "a quote is not closed")]
     last = write(tmp_path / "last.csv", "note_id,text\n1,a\n2,b")
     assert brief(read(last)) == [("1", "a"), ("2", "b")]
@@ -616,8 +617,11 @@ def test_csv_open_quote(tmp_path: Path) -> None:
 
 def test_csv_blank_lines(tmp_path: Path) -> None:
     """A line of white space is no row, unless it is a note of white space."""
-    path = write(tmp_path / "n.csv", "note_id,text\n1,a\n\n  \n \t\n2,b\n")
-    assert brief(read(path)) == [("1", "a"), ("2", "b")]
+    path = write(tmp_path / "n.csv", '\n \nnote_id,text\n1,a\n\n  \n \t\n2,b\n""\n"\n\n"\n')
+    wrong = "wrong number of fields"
+    assert brief(read(path)) == [("1", "a"), ("2", "b"), ("n.csv:2", wrong), ("n.csv:3", wrong)]
+    path = write(tmp_path / "n.tsv", "note_id\ttext\n\t\n\t\t\n2\tb\n")
+    assert brief(read(path)) == [("n.tsv:0", ""), ("2", "b")]
     path = write(tmp_path / "one.csv", "text\na\n\n  \nb\n")
     assert [row["text"] for row in read(path)] == ["a", "  ", "b"]
 
@@ -628,7 +632,7 @@ def test_csv_stray_quote(tmp_path: Path) -> None:
     assert brief(read(path)) == [
         ("1", "a"),
         ("n.tsv:1", "text follows a closed quote"),
-        ("n.tsv:2", "text follows a closed quote"),
+        ("n.tsv:2", "text follows a quote closed lines below, which may hold notes"),
         ("6", 'h "i" j'),
         ("7", 'k "l"'),
     ]
