@@ -61,7 +61,7 @@ def agrees(folder: Path, annotator: Annotator, data: bytes, name: str, **options
 
 
 def test_seeded_cases(tmp_path: Path, annotator: Annotator) -> None:
-    """Some hundred whole runs agree with the second reader, and between them they see every outcome and all reasons but one."""
+    """Some hundred whole runs agree with the second reader; they see every outcome, and all reasons but one."""
     report = harness.Report()
     harness.fuzz(SEED, range(CASES), tmp_path, annotator, report)
     assert report.failures == []
