@@ -67,7 +67,9 @@ def export(options: ExportOptions) -> str:
     try:
         from medner.export import convert, verify
     except ImportError as exc:
-        raise MissingPackage('exporting needs: pip install "medner[export]"') from exc
+        raise MissingPackage(
+            'exporting needs the extra "export": pip install ".[export]" in a checkout of medner'
+        ) from exc
 
     checkpoint = bundles.load_checkpoint(options.checkpoint, options.window)
     data = parity.read_parity_data(options.parity_data, options.split, options.text_column, options.labels)

@@ -26,7 +26,9 @@ def to_onnx(checkpoint: Path, graph: Path) -> None:
     try:
         from optimum.exporters.onnx import main_export
     except ImportError as exc:
-        raise MissingPackage('exporting needs: pip install "medner[export]"') from exc
+        raise MissingPackage(
+            'exporting needs the extra "export": pip install ".[export]" in a checkout of medner'
+        ) from exc
     graph.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=graph.parent) as scratch:
         try:

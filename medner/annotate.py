@@ -258,7 +258,9 @@ class Annotator:
         for batch in batches:
             if not isinstance(batch, pa.RecordBatch):
                 name = type(batch).__name__
-                raise InputError(f"a pyarrow.RecordBatch is needed, not {name}; a table's to_batches() gives them")
+                raise InputError(
+                    f"a text or a pyarrow.RecordBatch is needed, not {name}; a table's to_batches() gives batches"
+                )
             rows = _Rows(batch, self.output_schema(batch.schema), self._tags.types)
             waiting.append(rows)
             for row, text in enumerate(_texts(batch, self.options.text_column)):

@@ -8,6 +8,7 @@ beside it. Sizes, labels and windows are bounded, so that a file of absurd value
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -331,7 +332,7 @@ def _foreign(path: Path, name: str) -> Bundle:
     if not variants:
         raise ModelError(
             f"{path}: no model.onnx, nor onnx/model.onnx; write one with: "
-            f"optimum-cli export onnx --task token-classification --model {path} {path}"
+            f"medner export {path} -o BUNDLE --parity-data NOTES"
         )
     window = min(FOREIGN_WINDOW, _position_limit(path))
     return Bundle(path, name, labels, window, True, variants, files, True)
@@ -350,6 +351,8 @@ def _data_files(path: Path, graph: str) -> list[str]:
     try:
         locations = graphfile.external_data(path / graph)
     except (OSError, ValueError) as exc:
+        if isinstance(exc, OSError) and exc.errno == errno.ENOMEM:
+            raise
         raise ModelError(f"{path / graph}: no ONNX graph, or cut short ({exc}); copy or export it again") from exc
     files = []
     for location in sorted(locations):

@@ -391,7 +391,9 @@ def compare(**given: Any) -> None:
 
 @cli.command()
 @click.argument("output", type=_PATH, metavar="DIR")
-@click.option("--notes", multiple=True, metavar="INPUT", help="What was annotated, to compare spans with; repeatable.")
+@click.option(
+    "--notes", multiple=True, metavar="INPUT", help="What was annotated, to compare spans with: once for each INPUT."
+)
 def verify(output: Path, notes: tuple[str, ...]) -> None:
     """Check that a finished run's output is whole and agrees with its manifest.
 
@@ -491,11 +493,20 @@ def _exit_code(arguments: list[str] | None) -> int:
         if isinstance(exc, OSError) and exc.errno in _FULL:  # click's own output, or a temporary file of a library
             _say(f"{exc.filename or 'the output'}: cannot be written: {exc.strerror}")
             return OutputError.exit_code
+        if _is_shortage(exc):
+            _say("out of memory, or of threads; raise the limit that was set, or lower --threads and --batch-tokens")
+            return 1
         _say(defect(exc))
         if os.environ.get("MEDNER_DEBUG"):
             raise
         return 1
     return 0
+
+
+def _is_shortage(exc: BaseException) -> bool:
+    """Whether the system refused memory or a thread."""
+    refused = isinstance(exc, OSError) and exc.errno in (errno.ENOMEM, errno.EAGAIN)
+    return refused or isinstance(exc, MemoryError) or str(exc) == "can't start new thread"
 
 
 def _say(message: str) -> None:

@@ -90,7 +90,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     finds no span in the notes, :class:`MissingPackage`, :class:`DeviceError`, :class:`OutputError`.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingPackage('comparing needs: pip install "medner[train]"')
+        raise MissingPackage('comparing needs the extra "train": pip install ".[train]" in a checkout of medner')
     bundle = check_pair(options.checkpoint, options.bundle)
     device = runtime.resolve_device(options.device)
     contenders = contenders_of(options.checkpoint, bundle, device)

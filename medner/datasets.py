@@ -387,7 +387,9 @@ def _load_hub(name: str, split: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError:
-        raise MissingPackage(f'{name} needs the package "datasets": pip install "medner[train]"') from None
+        raise MissingPackage(
+            f'{name} needs the package "datasets", of the extra "train": pip install ".[train]" in a checkout of medner'
+        ) from None
     splits = _fetch(datasets.load_dataset, name)
     found = next((alias for alias in SPLITS[split] if alias in splits), None)
     if found is None:

@@ -31,7 +31,9 @@ class TorchModel:
             import torch
             from transformers import AutoModelForTokenClassification
         except ImportError as exc:
-            raise MissingPackage('PyTorch checkpoints need: pip install "medner[train]"') from exc
+            raise MissingPackage(
+                'PyTorch checkpoints need the extra "train": pip install ".[train]" in a checkout of medner'
+            ) from exc
         self._torch: Any = torch
         self._checkpoint, self._precision = checkpoint, precision
         try:

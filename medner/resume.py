@@ -52,11 +52,25 @@ def check_description(place: str, before: Mapping[str, Any], now: Mapping[str, A
     ]
     if changed:
         name = changed[0]
+        if name.startswith("inputs"):
+            _check_same_files(place, before["inputs"], now["inputs"])
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise OutputError(
             f"{place}: cannot go on with this run: {name} was {old.get(name)}, is {new.get(name)}{more}; "
             "run as before, choose another -o, or pass --overwrite"
         )
+
+
+def _check_same_files(place: str, before: Any, now: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse other tables than before, which names one of them."""
+    old, new = ([each.get("source") for each in listed] for listed in (before, now))
+    for said, these, those in (("is new", new, old), ("is missing", old, new)):
+        if others := [name for name in these if name is not None and name not in those]:
+            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+            raise OutputError(
+                f"{place}: cannot go on with this run: the input {others[0]} {said}{more}; give the files that it "
+                "began with, and others to a run of their own"
+            )
 
 
 def check_counts(place: str, recorded: Mapping[str, Any], found: Mapping[str, int]) -> None:

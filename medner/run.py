@@ -219,7 +219,8 @@ def _interruptible(sink: sinks.Sink) -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
-        if sink.resumable and (isinstance(exc, InputError) or not isinstance(exc, Exception)):
+        mended = isinstance(exc, InputError) and sink.resumable and sinks.has_parts(Path(sink.name))
+        if mended or (sink.resumable and not isinstance(exc, Exception)):
             exc.add_note(f"--resume goes on with {sink.name}")
         raise
 
@@ -228,6 +229,8 @@ def _check_apart(inputs: Iterable[str], files: Iterable[sources.InputFile], outp
     """Refuse to read what the run writes: an input would be replaced, or spans read as though they were notes."""
     if output == "-":
         return
+    if sources.is_address(output):
+        raise UsageError(f"-o {output}: medner writes local files; name one, and copy it there")
     path = Path(output)
     written = {sources.real(each) for each in sinks.paths(path)}
     # Also before anything is there: the run could not be resumed, for its parts would be inputs.

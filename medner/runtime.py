@@ -506,7 +506,7 @@ def resolve_device(device: str) -> str:
     if not has_cuda():
         raise DeviceError(
             f"--device {device}: this onnxruntime has no CUDA provider; "
-            'use --device cpu, or: pip uninstall onnxruntime && pip install "medner[gpu]"'
+            'use --device cpu, or: pip uninstall onnxruntime && pip install ".[gpu]" in a checkout of medner'
         )
     return f"cuda:{int(match.group(1) or 0)}"
 
@@ -533,8 +533,13 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as exc:
+        if getattr(exc, "name", None) != "onnxruntime" or not isinstance(exc, ModuleNotFoundError):
+            raise MissingPackage(
+                f"onnxruntime is installed and cannot be imported ({_reason(exc)}); medner doctor examines it"
+            ) from exc
         raise MissingPackage(
-            'onnxruntime is not installed: pip install "medner[cpu]", or "medner[gpu]" on a machine with CUDA'
+            'onnxruntime is not installed: pip install ".[cpu]" in a checkout of medner, '
+            'or ".[gpu]" on a machine with CUDA'
         ) from exc
     # Where another package imported it before medner set the variable that keeps it silent (medner/__init__.py).
     with contextlib.suppress(AttributeError):  # what is left of a broken installation is judged elsewhere

@@ -540,6 +540,8 @@ class DirectorySink(Sink):
             return None, None
         with _translated(self._path):
             run, manifest = (_read_json(self._path / name) for name in (RUN, MANIFEST))
+            if manifest is None and not has_parts(self._path):
+                return None, None
         if run == {}:
             raise OutputError(f"{self._path / RUN}: damaged or cut short; pass --overwrite to run anew")
         if manifest is not None:
@@ -627,7 +629,9 @@ def _state(path: Path) -> str | None:
     # In one look: between two of them another process may begin a run.
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if RUN in names and (path / RUN).is_file():
-        return "a finished run" if MANIFEST in names else "an unfinished run"
+        # One that stopped before its first part, such as over a wrong option, has nothing that could be lost.
+        begun = "an unfinished run" if has_parts(path) else "no run"
+        return "a finished run" if MANIFEST in names else begun
     return None if {name for name in names if not name.startswith(".")} - {LOCK} else "no run"
 
 
@@ -636,6 +640,11 @@ def _state(path: Path) -> str | None:
 #: unfinished run.
 _LEFT_OVER = (*(f".{name}.*.tmp" for name in (LOCK, RUN, MANIFEST)), *(f"{folder}/.part-*.tmp" for folder in FOLDERS))
 _WRITTEN = (MANIFEST, "notes/part-*", "spans/part-*")
+
+
+def has_parts(path: Path) -> bool:
+    """Whether a directory holds a part of a run, or its spans alone."""
+    return any(True for folder in FOLDERS for _ in (path / folder).glob("part-*"))
 
 
 def _clear(path: Path, patterns: Iterable[str]) -> None:

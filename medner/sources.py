@@ -189,8 +189,11 @@ def _expand(name: str) -> tuple[list[InputFile], int]:
     elif path.exists():
         kind, compression = _kind(path.name)
         if kind is None:
-            raise UsageError(f"{name}: unknown suffix; medner reads {_KNOWN}")
+            pipe = "; pipe JSON lines into -" if not path.is_file() else ""
+            raise UsageError(f"{name}: unknown suffix; medner reads {_KNOWN}{pipe}")
         return [InputFile(path, _source(path, path.parent), kind, compression)], 0
+    elif is_address(name):
+        raise UsageError(f"{name}: medner reads local files; copy it here, or pipe JSON lines into -")
     elif glob.has_magic(name):
         base = _glob_base(path)
         paths = list(_matches(name, path, base))
@@ -203,6 +206,11 @@ def _expand(name: str) -> tuple[list[InputFile], int]:
         if kind is not None and (path.is_file() or not path.exists())  # what a link does not lead to is an error
     ]
     return sorted(known, key=lambda file: file.source), len(paths) - len(known)
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is that of something elsewhere, such as ``s3://bucket/notes``."""
+    return re.match("[a-z][a-z0-9+.-]*://", name, re.IGNORECASE) is not None
 
 
 def real(path: str | Path) -> Path:
@@ -822,7 +830,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _no_column(file: InputFile, name: str, option: str, found: str) -> InputError:
-    return InputError(f"{file} has no column {name!r}{found}; name another with {option}")
+    asked = " (or has it another delimiter or encoding?)" if file.kind == "csv" else ""
+    return InputError(f"{file} has no column {name!r}{found}; name another with {option}{asked}")
 
 
 # ------------------------------------------------------------------------------------------------------------- JSONL

@@ -45,7 +45,10 @@ try:
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
     from transformers.trainer_callback import ProgressCallback, TrainerCallback
 except ImportError as error:
-    raise MissingPackage(f'training needs the package "{error.name}": pip install "medner[train]"') from None
+    raise MissingPackage(
+        f'training needs the package "{error.name}", of the extra "train": '
+        'pip install ".[train]" in a checkout of medner'
+    ) from None
 
 Ints = npt.NDArray[np.int64]
 

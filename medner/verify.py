@@ -173,6 +173,9 @@ def _open(path: Path) -> _Run:
         parts = ((path, sinks.paths(path)[1]),)
     run = _Run(manifest_path, manifest, parts, manifest["options"]["part_rows"] if is_directory else None)
     if manifest["files"].keys() != {_name(run, file) for pair in parts for file in pair}:
+        if not is_directory:
+            named = min(manifest["files"], key=len, default="")
+            raise _wrong(manifest_path, f"files names {named}, not {path.name}; was it written under that name?")
         raise _wrong(manifest_path, "files does not name the files of both tables")
     return run
 

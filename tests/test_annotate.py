@@ -276,7 +276,9 @@ def test_what_is_no_batch(tiny: Annotator) -> None:
     for other, name in ((pa.table({"text": ["fever"]}), "Table"), (["fever"], "list"), (None, "NoneType")):
         with pytest.raises(InputError) as caught:
             tiny(other)  # type: ignore[call-overload]
-        assert str(caught.value) == f"a pyarrow.RecordBatch is needed, not {name}; a table's to_batches() gives them"
+        assert str(caught.value) == (
+            f"a text or a pyarrow.RecordBatch is needed, not {name}; a table's to_batches() gives batches"
+        )
     with pytest.raises(InputError, match="RecordBatch is needed, not ChunkedArray"):
         list(tiny.stream(pa.table({"text": ["fever"]})))  # type: ignore[arg-type]
     twice = pa.record_batch([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])

@@ -322,7 +322,7 @@ def test_incomplete_foreign_models(foreign: Build) -> None:
     (path / "model.onnx").unlink()
     assert refusal(path) == (
         f"{path}: no model.onnx, nor onnx/model.onnx; write one with: "
-        f"optimum-cli export onnx --task token-classification --model {path} {path}"
+        f"medner export {path} -o BUNDLE --parity-data NOTES"
     )
     for name in ("tokenizer.json", "config.json"):
         (path / name).unlink()

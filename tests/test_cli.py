@@ -1,5 +1,6 @@
 """The command line: help, exit codes with their whole messages, streams, signals, and no note text anywhere but out."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -212,6 +213,8 @@ def prepare() -> None:
         Path(name).mkdir()
         Path(name, "run.json").write_text("{}")
     Path("finished/manifest.json").write_text("{}")
+    Path("unfinished/spans").mkdir()
+    Path("unfinished/spans/part-000000.parquet").write_text("")
     Path("taken.jsonl").write_text("")
 
 
@@ -250,11 +253,15 @@ FAILURES: list[tuple[str, int, str]] = [
     # input and model
     ("none.jsonl -o out", 4, "medner: none.jsonl: no such file or directory\n"),
     ("empty -o out", 4, f"medner: empty: no file to read (0 of unknown suffix); medner reads {READS}\n"),
-    ("table.csv -o out", 4, "medner: table.csv has no column 'text'; name another with --text-column\n"),
+    ("table.csv -o out", 4,
+     "medner: table.csv has no column 'text'; name another with --text-column "
+     "(or has it another delimiter or encoding?)\n"),
     ("other.parquet -o out", 4,
      "medner: other.parquet has no column 'text' (it has body); name another with --text-column\n"),
     ("ids.csv -o out --id-column mrn", 4,
-     "medner: ids.csv has no column 'mrn'; name another with --id-column\n"),
+     "medner: ids.csv has no column 'mrn'; name another with --id-column (or has it another delimiter or encoding?)\n"),
+    ("objects.jsonl -o out", 4,
+     "medner: objects.jsonl has no column 'text' in its first 3 objects; name another with --text-column\n"),
     ("objects.jsonl -o o.jsonl", 4,
      "medner: objects.jsonl has no column 'text' in its first 3 objects; name another with --text-column\n"),
     ("bad.parquet -o out", 4,
@@ -278,6 +285,8 @@ FAILURES: list[tuple[str, int, str]] = [
     ("notes.jsonl -o finished", 6,
      "medner: finished: holds a finished run; choose another -o, or pass --resume or --overwrite\n"),
     ("notes.jsonl -o foreign --overwrite", 6, "medner: foreign: not empty, and no run of medner; choose another -o\n"),
+    ("notes.jsonl -o s3://bucket/run", 2,
+     "medner: -o s3://bucket/run: medner writes local files; name one, and copy it there\n"),
     ("notes.jsonl -o file", 6, "medner: file: exists and is no directory; choose another -o\n"),
     ("notes.jsonl -o file/out", 6, "medner: file/out: cannot be written: Not a directory\n"),
     ("notes.jsonl -o none/x.jsonl", 6, "medner: none: no such directory; create it first\n"),
@@ -311,7 +320,7 @@ def test_a_device_that_is_not_there(notes: Path, call: Medner) -> None:
         pytest.skip("this onnxruntime has CUDA")
     assert call("annotate", notes, "-o", "out", "--model", TINY, "--device", "cuda:1") == (
         5, "", "medner: --device cuda:1: this onnxruntime has no CUDA provider; "
-        'use --device cpu, or: pip uninstall onnxruntime && pip install "medner[gpu]"\n'
+        'use --device cpu, or: pip uninstall onnxruntime && pip install ".[gpu]" in a checkout of medner\n'
     )  # fmt: skip
     assert not Path("out").exists()
 
@@ -403,6 +412,35 @@ def test_help_on_standard_output_that_is_full(arguments: tuple[str, ...]) -> Non
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (6, "medner: the output: cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("again", [(), ("--resume",)])
+def test_a_run_that_stopped_before_its_first_part(call: Medner, notes: Path, again: tuple[str, ...]) -> None:
+    """The corrected command runs as it is: nothing could be lost."""
+    given = ("annotate", notes, "-o", "out", "--model", TINY, "--max-rejected", "all")
+    code, _, error = call(*given, "--text-column", "body")
+    assert code == 4
+    assert "--resume" not in error
+    assert call(*given, *again)[0] == 0
+    assert json.loads(Path("out/run.json").read_bytes())["options"]["read"]["text_column"] == "text"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), RuntimeError("can't start new thread")],
+)
+def test_a_shortage(call: Medner, notes: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """What the system refuses is told, and is no defect."""
+
+    def refused(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "run", refused)
+    code, out, said = call("annotate", notes, "-o", "out")
+    assert (code, out) == (1, "")
+    assert said.startswith(
+        "medner: out of memory, or of threads; raise the limit that was set, or lower --threads and "
+    )
 
 
 def test_as_a_module() -> None:

@@ -411,7 +411,8 @@ def test_a_hub_name_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackage) as error:
         load("ncbi_disease", "train")
-    assert str(error.value) == 'ncbi_disease needs the package "datasets": pip install "medner[train]"'
+    step = 'pip install ".[train]" in a checkout of medner'
+    assert str(error.value) == f'ncbi_disease needs the package "datasets", of the extra "train": {step}'
 
 
 @needs_data

@@ -27,7 +27,7 @@ NO_DRIVER = Driver(0, "", None, ())
 ALL_THERE = Libraries()
 GOOD_DRIVER = Driver(1, "580.65.06", (13, 0), (H200,))
 
-EITHER = 'pip install "medner[cpu]", or "medner[gpu]" on a machine with CUDA'
+EITHER = 'pip install ".[cpu]" in a checkout of medner, or ".[gpu]" on a machine with CUDA'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_problems_with_their_remedies(call: Medner, machine: Callable[..., None]
         "ok       onnxruntime  onnxruntime 1.31.1\n"
         "ok       processor    x86_64 avx2 avx512f avx512_vnni\n"
         "problem  gpu          NVIDIA H200, which this onnxruntime cannot use: it is built without CUDA; "
-        'pip uninstall -y onnxruntime && pip install "medner[gpu]", or pass --device cpu\n'
+        'pip uninstall -y onnxruntime && pip install ".[gpu]" in a checkout of medner, or pass --device cpu\n'
         "ok       driver       580.65.06 with CUDA up to 13.0\n"
         f"problem  model        {graph}: SHA-256 HASH is not the recorded HASH; "
         "the file was altered or cut short: copy or export the bundle again\n"
@@ -367,7 +367,7 @@ LOOK = "look at CUDA_VISIBLE_DEVICES, and at what the job or container was given
             "problem",
             "no GPU, though this onnxruntime is built for CUDA; notes would be annotated on the CPU",
             "run it on a machine with one, or pass --device cpu, or: "
-            'pip uninstall -y onnxruntime-gpu && pip install "medner[cpu]"',
+            'pip uninstall -y onnxruntime-gpu && pip install ".[cpu]" in a checkout of medner',
         ),
         (
             "auto",

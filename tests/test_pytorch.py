@@ -160,7 +160,10 @@ def test_without_pytorch(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingPackage) as failure:
         TorchModel(checkpoint)
-    assert str(failure.value) == 'PyTorch checkpoints need: pip install "medner[train]"'
+    assert (
+        str(failure.value)
+        == 'PyTorch checkpoints need the extra "train": pip install ".[train]" in a checkout of medner'
+    )
 
 
 def test_size_of_the_weights(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_devices_of_a_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> Non
             resolve_device(device)
         assert str(failure.value) == (
             f"--device {device}: this onnxruntime has no CUDA provider; "
-            'use --device cpu, or: pip uninstall onnxruntime && pip install "medner[gpu]"'
+            'use --device cpu, or: pip uninstall onnxruntime && pip install ".[gpu]" in a checkout of medner'
         )
         assert failure.value.exit_code == 5
 
@@ -103,8 +103,22 @@ def test_a_missing_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(MissingPackage) as failure:
             call()
         assert str(failure.value) == (
-            'onnxruntime is not installed: pip install "medner[cpu]", or "medner[gpu]" on a machine with CUDA'
+            'onnxruntime is not installed: pip install ".[cpu]" in a checkout of medner, '
+            'or ".[gpu]" on a machine with CUDA'
         )
+
+
+def test_an_onnxruntime_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that is there is not called missing; the error gives its own reason."""
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    with pytest.raises(MissingPackage) as failure:
+        runtime.version()
+    assert str(failure.value) == (
+        "onnxruntime is installed and cannot be imported (libcudart.so.13: cannot open shared object file); "
+        "medner doctor examines it"
+    )
 
 
 def test_a_graph_whose_products_cannot_be_made_exact(

@@ -278,6 +278,10 @@ def test_sources_that_would_be_the_same(tmp_path: Path) -> None:
         assert (
             refused(UsageError, lambda inputs=inputs: discover(inputs)) == f"{one} is given twice; pass each file once"
         )
+    for address in ("s3://bucket/notes", "https://host/*.jsonl"):
+        assert refused(UsageError, lambda address=address: discover([address])) == (
+            f"{address}: medner reads local files; copy it here, or pipe JSON lines into -"
+        )
     assert refused(UsageError, lambda: discover(["-", "-"])) == "standard input is given twice; pass each file once"
 
 
@@ -690,7 +694,8 @@ def test_csv_record_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_csv_columns(tmp_path: Path, data: str, options: dict[str, Any], message: str) -> None:
     """A column that is absent or there twice shows at construction; a header may be a note and is not told."""
     path = write(tmp_path / "n.csv", data)
-    assert refused(InputError, lambda: reader(path, **options)) == f"{path} {message}"
+    asked = "" if "more than one" in message else " (or has it another delimiter or encoding?)"
+    assert refused(InputError, lambda: reader(path, **options)) == f"{path} {message}{asked}"
 
 
 def test_named_id_column(tmp_path: Path) -> None:
@@ -1297,7 +1302,10 @@ def test_texts_of_a_file_and_a_column(tmp_path: Path) -> None:
     ("column", "message"),
     [
         (":empty", "{path}:empty: holds no text"),
-        (":none", "{path} has no column 'none'; name another as FILE:COLUMN"),
+        (
+            ":none",
+            "{path} has no column 'none'; name another as FILE:COLUMN (or has it another delimiter or encoding?)",
+        ),
     ],
 )
 def test_no_texts(tmp_path: Path, column: str, message: str) -> None:
