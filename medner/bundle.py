@@ -194,9 +194,13 @@ def recorded_training(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def weight_hashes(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of the files of a PyTorch checkpoint that hold weights, by name; none for a hub's name."""
+    """SHA-256 of the files of a PyTorch checkpoint that hold weights, by name; none for a hub's name.
+
+    Raises :class:`ModelError`.
+    """
     files = [path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in checkpoint.glob(pattern)]
-    return {path.name: sha256_of(path) for path in sorted(files)}
+    with _readable(str(checkpoint)):
+        return {path.name: sha256_of(path) for path in sorted(files)}
 
 
 def _locate(model: str) -> tuple[Path, str]:

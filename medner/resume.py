@@ -53,7 +53,7 @@ def check_description(place: str, before: Mapping[str, Any], now: Mapping[str, A
     if changed:
         name = changed[0]
         if name.startswith("inputs"):
-            _check_same_files(place, before["inputs"], now["inputs"])
+            _check_same_files(place, before.get("inputs"), now["inputs"])
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise OutputError(
             f"{place}: cannot go on with this run: {name} was {old.get(name)}, is {new.get(name)}{more}; "
@@ -63,6 +63,8 @@ def check_description(place: str, before: Mapping[str, Any], now: Mapping[str, A
 
 def _check_same_files(place: str, before: Any, now: Sequence[Mapping[str, Any]]) -> None:
     """Refuse other tables than before, which names one of them."""
+    if not isinstance(before, list) or not all(isinstance(each, Mapping) for each in before):
+        return  # damaged, which the general message tells
     old, new = ([each.get("source") for each in listed] for listed in (before, now))
     for said, these, those in (("is new", new, old), ("is missing", old, new)):
         if others := [name for name in these if name is not None and name not in those]:

@@ -219,7 +219,10 @@ def _interruptible(sink: sinks.Sink) -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
-        mended = isinstance(exc, InputError) and sink.resumable and sinks.has_parts(Path(sink.name))
+        mended = False
+        if isinstance(exc, InputError) and sink.resumable:
+            with contextlib.suppress(OSError):
+                mended = sinks.has_parts(Path(sink.name))
         if mended or (sink.resumable and not isinstance(exc, Exception)):
             exc.add_note(f"--resume goes on with {sink.name}")
         raise

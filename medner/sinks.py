@@ -540,7 +540,7 @@ class DirectorySink(Sink):
             return None, None
         with _translated(self._path):
             run, manifest = (_read_json(self._path / name) for name in (RUN, MANIFEST))
-            if manifest is None and not has_parts(self._path):
+            if manifest is None and _is_only_described(self._path, [entry.name for entry in self._path.iterdir()]):
                 return None, None
         if run == {}:
             raise OutputError(f"{self._path / RUN}: damaged or cut short; pass --overwrite to run anew")
@@ -554,7 +554,9 @@ class DirectorySink(Sink):
 
     def start(self, run: dict[str, Any]) -> None:
         """Record what is being run, before anything else is written; of a run that is resumed what it reads now."""
-        if self._earlier is None or self._earlier.get("inputs") != run["inputs"]:
+        with _translated(self._path):
+            same = run == _read_json(self._path / RUN)
+        if not same and (self._earlier is None or self._earlier.get("inputs") != run["inputs"]):
             write_json(self._path / RUN, run, self._lock.claim.check)
         with _translated(self._path):
             for folder in FOLDERS:
@@ -629,9 +631,9 @@ def _state(path: Path) -> str | None:
     # In one look: between two of them another process may begin a run.
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if RUN in names and (path / RUN).is_file():
-        # One that stopped before its first part, such as over a wrong option, has nothing that could be lost.
-        begun = "an unfinished run" if has_parts(path) else "no run"
-        return "a finished run" if MANIFEST in names else begun
+        if MANIFEST in names:
+            return "a finished run"
+        return "no run" if _is_only_described(path, names) else "an unfinished run"
     return None if {name for name in names if not name.startswith(".")} - {LOCK} else "no run"
 
 
@@ -643,8 +645,22 @@ _WRITTEN = (MANIFEST, "notes/part-*", "spans/part-*")
 
 
 def has_parts(path: Path) -> bool:
-    """Whether a directory holds a part of a run, or its spans alone."""
-    return any(True for folder in FOLDERS for _ in (path / folder).glob("part-*"))
+    """Whether a directory holds a part of a run, or its spans alone. Raises OSError where that cannot be seen."""
+    for folder in FOLDERS:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path / folder) as entries:
+            if any(entry.name.startswith("part-") for entry in entries):
+                return True
+    return False
+
+
+def _is_only_described(path: Path, names: Iterable[str]) -> bool:
+    """Whether a run wrote no more than its description, such as one that stopped over a wrong option: nothing could be
+    lost. names: of all that the directory holds.
+    """
+    others = {name for name in names if not name.startswith(".")} - {RUN, LOCK, *FOLDERS}
+    return (
+        not others and not has_parts(path) and {"medner", "model", "options"} <= (_read_json(path / RUN) or {}).keys()
+    )
 
 
 def _clear(path: Path, patterns: Iterable[str]) -> None:

@@ -988,7 +988,7 @@ def _csv_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions, 
     for fields in _csv_fields(reader):
         count = lines.count
         lines.begin_record()
-        if fields is not None and not count and len(fields) != width:  # a blank line
+        if fields is not None and not count and len(fields) < 2 and len(fields) != width:  # a blank line
             continue
         # Beyond the limit it is asked for, but not taken.
         if fields is None and lines.open and count > 1 and (limit is None or lines.row < limit):

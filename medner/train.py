@@ -628,7 +628,8 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     states = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
-    return checkpoint / "optimizer.pt" in states and all(map(zipfile.is_zipfile, states))
+    there = {path.name for path in states}
+    return {"optimizer.pt", "scheduler.pt"} <= there and all(map(zipfile.is_zipfile, states))
 
 
 @contextmanager

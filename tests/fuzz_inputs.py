@@ -312,7 +312,7 @@ def csv_truth(text: str, delimiter: str, options: ReadOptions) -> Truth:
         return Truth(None, None, "at the end")
     rows = []
     for number, (fields, count) in enumerate(records[1:], 2):
-        if fields is not None and not count and len(fields) != len(header):
+        if fields is not None and not count and len(fields) < 2 and len(fields) != len(header):
             continue
         if is_open and number == len(records):
             rows.append(Row(reasons=_reasons(OPEN_QUOTE=True)))

@@ -425,6 +425,29 @@ def test_a_run_that_stopped_before_its_first_part(call: Medner, notes: Path, aga
     assert json.loads(Path("out/run.json").read_bytes())["options"]["read"]["text_column"] == "text"
 
 
+@pytest.mark.parametrize("again", [(), ("--resume",)])
+@pytest.mark.parametrize("beside", [None, "weights.bin"])
+def test_a_run_json_of_another_program(call: Medner, notes: Path, again: tuple[str, ...], beside: str | None) -> None:
+    """A directory with one is not free to take."""
+    Path("out").mkdir()
+    Path("out/run.json").write_text('{"experiment": 7}')
+    if beside:
+        Path("out", beside).write_text("x")
+    code, _, error = call("annotate", notes, "-o", "out", "--model", TINY, *again)
+    assert code == 6
+    assert "holds an unfinished run" in error or "cannot go on with this run" in error
+    assert Path("out/run.json").read_text() == '{"experiment": 7}'
+    assert not Path("out/spans").exists()
+
+
+def test_a_description_beside_other_files(call: Medner, notes: Path) -> None:
+    """Medner's own without a part is nothing to lose, but what stands beside it may be."""
+    given = ("annotate", notes, "-o", "out", "--model", TINY)
+    assert call(*given, "--text-column", "body")[0] == 4
+    Path("out/thesis.txt").write_text("x")
+    assert call(*given)[0] == 6
+
+
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), RuntimeError("can't start new thread")],

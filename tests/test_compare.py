@@ -364,10 +364,12 @@ def test_without_pytorch_or_matplotlib(
     options = CompareOptions(pair[0], str(pair[1]), notes, tmp_path / "out", device="cpu")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch", None)
-        with pytest.raises(MissingPackage, match=r'^PyTorch checkpoints need: pip install "medner\[train\]"$'):
+        with pytest.raises(
+            MissingPackage, match=r'^PyTorch checkpoints need the extra "train": pip install "\.\[train\]"'
+        ):
             compare.compare(options)
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(MissingPackage, match=r'^comparing needs: pip install "medner\[train\]"$'):
+    with pytest.raises(MissingPackage, match=r'^comparing needs the extra "train": pip install "\.\[train\]"'):
         compare.compare(options)
 
 

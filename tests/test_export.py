@@ -875,7 +875,8 @@ def test_unusable_parity_data(tmp_path: Path) -> None:
     assert said == [
         f"{tmp_path}/none.tsv: no such file or directory",
         f"{tmp_path}/empty.csv: holds no notes; the parity gate needs real text",
-        f"{tmp_path}/other.csv has no column 'text'; name another with --text-column",
+        f"{tmp_path}/other.csv has no column 'text'; name another with --text-column "
+        "(or has it another delimiter or encoding?)",
         f"{tmp_path}/broken.jsonl:2: span 0:9 lies outside the text of 6 code points",
     ]
 

@@ -628,6 +628,14 @@ def test_anything_else_that_changes_the_output(notes: Path, unfinished: Path, na
     )
 
 
+@pytest.mark.parametrize("inputs", [None, [None], ["a"], [{}]])
+def test_inputs_that_are_recorded_otherwise(notes: Path, unfinished: Path, inputs: Any) -> None:
+    """A damaged record is another run, not a defect."""
+    recorded: Any = json.loads((unfinished / "run.json").read_bytes()) | {"inputs": inputs}
+    (unfinished / "run.json").write_text(json.dumps(recorded))
+    assert refusal(notes, unfinished, **READ).startswith(f"{unfinished}: cannot go on with this run: ")
+
+
 def test_another_bundle(tmp_path: Path, notes: Path, unfinished: Path) -> None:
     """The same graph without medner.json is another model; the first difference is named."""
     model = Path(shutil.copytree(TINY, tmp_path / "model"))

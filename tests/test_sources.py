@@ -625,7 +625,7 @@ def test_csv_blank_lines(tmp_path: Path) -> None:
     wrong = "wrong number of fields"
     assert brief(read(path)) == [("1", "a"), ("2", "b"), ("n.csv:2", wrong), ("n.csv:3", wrong)]
     path = write(tmp_path / "n.tsv", "note_id\ttext\n\t\n\t\t\n2\tb\n")
-    assert brief(read(path)) == [("n.tsv:0", ""), ("2", "b")]
+    assert brief(read(path)) == [("n.tsv:0", ""), ("n.tsv:1", wrong), ("2", "b")]
     path = write(tmp_path / "one.csv", "text\na\n\n  \nb\n")
     assert [row["text"] for row in read(path)] == ["a", "  ", "b"]
 

@@ -786,8 +786,9 @@ def test_a_checkpoint_that_was_cut_off(options: TrainOptions, tmp_path: Path) ->
             (last / name).write_bytes(rest)
             assert not training._is_whole(last), name
         (last / name).write_bytes(content)
-    (last / "optimizer.pt").unlink()
-    assert not training._is_whole(last)
+    for name in ("scheduler.pt", "optimizer.pt"):
+        (last / name).unlink()
+        assert not training._is_whole(last)
     assert train(replace(given, resume=True)).epochs[-1].epoch == 2
 
 
