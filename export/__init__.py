@@ -16,7 +16,7 @@ from typing import Any
 from medner import bundle as bundles
 from medner import decode, parity, runtime
 from medner.annotate import Ints
-from medner.errors import CheckFailed, MissingPackage, ModelError, OutputError, UsageError
+from medner.errors import CheckFailed, MissingPackage, ModelError, OutputError, UsageError, install
 from medner.pytorch import TorchModel
 
 #: Precisions that can be exported, and those that are where none is asked for.
@@ -67,9 +67,7 @@ def export(options: ExportOptions) -> str:
     try:
         from medner.export import convert, verify
     except ImportError as exc:
-        raise MissingPackage(
-            'exporting needs the extra "export": pip install ".[export]" in a checkout of medner'
-        ) from exc
+        raise MissingPackage(f'exporting needs the extra "export": {install("export")}') from exc
 
     checkpoint = bundles.load_checkpoint(options.checkpoint, options.window)
     data = parity.read_parity_data(options.parity_data, options.split, options.text_column, options.labels)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from medner.errors import MissingPackage, ModelError
+from medner.errors import MissingPackage, ModelError, install
 
 OPSET = 18
 
@@ -26,9 +26,7 @@ def to_onnx(checkpoint: Path, graph: Path) -> None:
     try:
         from optimum.exporters.onnx import main_export
     except ImportError as exc:
-        raise MissingPackage(
-            'exporting needs the extra "export": pip install ".[export]" in a checkout of medner'
-        ) from exc
+        raise MissingPackage(f'exporting needs the extra "export": {install("export")}') from exc
     graph.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=graph.parent) as scratch:
         try:

@@ -39,16 +39,13 @@ def choose_window(bundle: bundles.Bundle, model: Model, data: ParityData) -> tup
     """
     if not data.labelled:
         raise InputError(f"--window auto needs labelled documents; {data.name} holds none: pass --window N")
-    sentences = InputError(
-        f"--window auto needs whole documents; {data.name} holds single sentences, which fit any window: "
-        "pass --window N"
-    )
-    if all(document.tokens is not None for document in data.documents):
-        raise sentences
     apart = bundles.resized(bundle, bundle.window, packed=False)
     counts = _window_counts(apart, data)
-    if 2 * (counts > 1).sum() < len(counts):
-        raise sentences
+    if all(document.tokens is not None for document in data.documents) or 2 * (counts > 1).sum() < len(counts):
+        raise InputError(
+            f"--window auto needs whole documents; {data.name} holds single sentences, which fit any window: "
+            "pass --window N"
+        )
     sizes = {ONE_SEGMENT: apart}
     tried: dict[str, float] = {}
     for window in WINDOWS:

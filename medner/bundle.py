@@ -208,7 +208,8 @@ def _locate(model: str) -> tuple[Path, str]:
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises below what may not be searched
         return path, path.name or model
     shipped = _SHIPPED / model
-    if "/" not in model and os.path.isfile(shipped / MANIFEST):  # noqa: PTH113 - Path.is_file raises for names that no file can have
+    # Not Path.is_file, which raises for names that no file can have.
+    if "/" not in model and os.path.isfile(shipped / MANIFEST):  # noqa: PTH113
         return shipped, model
     if path.exists():
         raise ModelError(f"{model}: a model is a directory with config.json, tokenizer.json and an ONNX graph")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from medner import bundle as bundles
 from medner import comparison, engines, parity, runtime
 from medner.engines import Engine, Setting
-from medner.errors import CheckFailed, DeviceError, MissingPackage, ModelError, UsageError
+from medner.errors import CheckFailed, DeviceError, MissingPackage, ModelError, UsageError, install
 from medner.parity import LogitParity, ParityData, VariantParity
 from medner.pytorch import TorchModel, device_name, weight_bytes
 
@@ -90,7 +90,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     finds no span in the notes, :class:`MissingPackage`, :class:`DeviceError`, :class:`OutputError`.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingPackage('comparing needs the extra "train": pip install ".[train]" in a checkout of medner')
+        raise MissingPackage(f'comparing needs the extra "train": {install("train")}')
     bundle = check_pair(options.checkpoint, options.bundle)
     device = runtime.resolve_device(options.device)
     contenders = contenders_of(options.checkpoint, bundle, device)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medner import sources, windows
-from medner.errors import InputError, MissingPackage
+from medner.errors import InputError, MissingPackage, install
 
 Span = tuple[int, int, str]
 
@@ -387,9 +387,7 @@ def _load_hub(name: str, split: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError:
-        raise MissingPackage(
-            f'{name} needs the package "datasets", of the extra "train": pip install ".[train]" in a checkout of medner'
-        ) from None
+        raise MissingPackage(f'{name} needs the package "datasets", of the extra "train": {install("train")}') from None
     splits = _fetch(datasets.load_dataset, name)
     found = next((alias for alias in SPLITS[split] if alias in splits), None)
     if found is None:

@@ -23,7 +23,7 @@ import orjson
 from medner import bundle as bundles
 from medner import runtime, sinks
 from medner.annotate import Annotator, Options
-from medner.errors import CheckFailed, MednerError, MissingPackage, UsageError
+from medner.errors import CheckFailed, MednerError, MissingPackage, UsageError, install
 
 #: Packages that all install the one module ``onnxruntime``.
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-training")
@@ -34,7 +34,7 @@ OLDEST = {12: (525, (5, 0)), 13: (580, (7, 5))}
 
 #: The last onnxruntime-gpu that was built for CUDA 12.
 _FOR_CUDA_12 = 'pip install "onnxruntime-gpu[cuda,cudnn]==1.26.*"'
-_EITHER = 'pip install ".[cpu]" in a checkout of medner, or ".[gpu]" on a machine with CUDA'
+_EITHER = f'{install("cpu")}, or ".[gpu]" on a machine with CUDA'
 
 State = Literal["ok", "note", "problem"]
 
@@ -367,7 +367,7 @@ def check_gpu(device: str, build: runtime.Build | None, driver: Driver) -> Findi
             "gpu",
             "problem",
             f"{names}, which this onnxruntime cannot use: it is built without CUDA",
-            'pip uninstall -y onnxruntime && pip install ".[gpu]" in a checkout of medner, or pass --device cpu',
+            f"pip uninstall -y onnxruntime && {install('gpu')}, or pass --device cpu",
         )
     gpu, cuda = driver.gpus[number], build.cuda if build is not None else None
     if cuda is not None and cuda in OLDEST and gpu.capability < (oldest := OLDEST[cuda][1]):
@@ -395,8 +395,7 @@ def _no_gpu(device: str, build: runtime.Build | None, driver: Driver) -> Finding
             "gpu",
             "problem",
             f"{found}, though this onnxruntime is built for CUDA; notes would be annotated on the CPU",
-            f"{step}, or pass --device cpu, or: pip uninstall -y onnxruntime-gpu && "
-            'pip install ".[cpu]" in a checkout of medner',
+            f"{step}, or pass --device cpu, or: pip uninstall -y onnxruntime-gpu && {install('cpu')}",
         )
     if driver.error or driver.files:
         return Finding("gpu", "note", f"{found}, so notes are annotated on the CPU", step)

@@ -68,6 +68,11 @@ class OutputError(MednerError):
     exit_code = 6
 
 
+def install(extra: str) -> str:
+    """How to get one of medner's extras: not from a package index, where others may have taken its name."""
+    return f'pip install ".[{extra}]" in a checkout of medner'
+
+
 def defect(exc: BaseException) -> str:
     """A line about an error that nobody foresaw: its type and its place, for its message may hold note text."""
     place, trace = "?", exc.__traceback__

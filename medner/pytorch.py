@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from medner import bundle as bundles
 from medner.annotate import Annotator, Options
-from medner.errors import DeviceError, MissingPackage, ModelError
+from medner.errors import DeviceError, MissingPackage, ModelError, install
 
 #: PyTorch's names of the precisions that a checkpoint can be run in.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -31,9 +31,7 @@ class TorchModel:
             import torch
             from transformers import AutoModelForTokenClassification
         except ImportError as exc:
-            raise MissingPackage(
-                'PyTorch checkpoints need the extra "train": pip install ".[train]" in a checkout of medner'
-            ) from exc
+            raise MissingPackage(f'PyTorch checkpoints need the extra "train": {install("train")}') from exc
         self._torch: Any = torch
         self._checkpoint, self._precision = checkpoint, precision
         try:

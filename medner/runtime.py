@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medner.errors import DeviceError, MissingPackage, ModelError, UsageError
+from medner.errors import DeviceError, MissingPackage, ModelError, UsageError, install
 
 _DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
 _DEVICES = re.compile(r"cuda:\d+(?:,\d+)+")
@@ -506,7 +506,7 @@ def resolve_device(device: str) -> str:
     if not has_cuda():
         raise DeviceError(
             f"--device {device}: this onnxruntime has no CUDA provider; "
-            'use --device cpu, or: pip uninstall onnxruntime && pip install ".[gpu]" in a checkout of medner'
+            f"use --device cpu, or: pip uninstall onnxruntime && {install('gpu')}"
         )
     return f"cuda:{int(match.group(1) or 0)}"
 
@@ -538,8 +538,7 @@ def _onnxruntime() -> Any:
                 f"onnxruntime is installed and cannot be imported ({_reason(exc)}); medner doctor examines it"
             ) from exc
         raise MissingPackage(
-            'onnxruntime is not installed: pip install ".[cpu]" in a checkout of medner, '
-            'or ".[gpu]" on a machine with CUDA'
+            f'onnxruntime is not installed: {install("cpu")}, or ".[gpu]" on a machine with CUDA'
         ) from exc
     # Where another package imported it before medner set the variable that keeps it silent (medner/__init__.py).
     with contextlib.suppress(AttributeError):  # what is left of a broken installation is judged elsewhere

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from medner import bundle, datasets, evaluate, sources, windows
 from medner.datasets import Document, Span
-from medner.errors import InputError, MednerError, MissingPackage, ModelError, OutputError, UsageError
+from medner.errors import InputError, MednerError, MissingPackage, ModelError, OutputError, UsageError, install
 from medner.score import tags_of
 
 try:
@@ -46,8 +46,7 @@ try:
     from transformers.trainer_callback import ProgressCallback, TrainerCallback
 except ImportError as error:
     raise MissingPackage(
-        f'training needs the package "{error.name}", of the extra "train": '
-        'pip install ".[train]" in a checkout of medner'
+        f'training needs the package "{error.name}", of the extra "train": {install("train")}'
     ) from None
 
 Ints = npt.NDArray[np.int64]
