@@ -124,6 +124,7 @@ def cli() -> None:
 @click.option("--id-column", help="Column of the note ids.  [default: note_id where there is one]")
 @click.option("--encoding", default="utf-8", show_default=True, help="Of JSONL, CSV and text files.")
 @click.option("--delimiter", help="Of CSV files.  [default: comma; tab in .tsv files]")
+@click.option("--no-quotes", is_flag=True, help="A quote in CSV files is a character like any other.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, or several as cuda:N,N.")
 @click.option(
     "--precision",
@@ -173,7 +174,7 @@ def annotate(**given: Any) -> None:
     flags = ("resume", "overwrite", "nested", "quiet")
     options = run.RunOptions(
         **{name: given[name] for name in (*running, *flags)},
-        read=ReadOptions(**{name: given[name] for name in reading}),
+        read=ReadOptions(**{name: given[name] for name in reading}, quotes=not given["no_quotes"]),
         annotate=Options(**{name: given[name] for name in annotating}, reuse=not given["no_reuse"]),
         text=not given["no_text"],
     )

@@ -101,14 +101,16 @@ class ReadOptions:
     """How the input is read.
 
     ``id_column=None`` uses ``note_id`` where a file has it; rows without an id are called ``SOURCE:ROW``.
-    ``delimiter=None`` is a comma for ``.csv`` and a tab for ``.tsv``. ``limit`` counts rows over all files.
-    ``max_note_bytes`` counts UTF-8 bytes of text. ``unique_ids`` holds every id of the run in memory.
+    ``delimiter=None`` is a comma for ``.csv`` and a tab for ``.tsv``. ``quotes=False`` takes a quote in them for a
+    character like any other, so that every line is a record. ``limit`` counts rows over all files. ``max_note_bytes``
+    counts UTF-8 bytes of text. ``unique_ids`` holds every id of the run in memory.
     """
 
     text_column: str = "text"
     id_column: str | None = None
     encoding: str = "utf-8"
     delimiter: str | None = None
+    quotes: bool = True
     keep: tuple[str, ...] = ()
     limit: int | None = None
     max_note_bytes: int = 64 * 2**20
@@ -718,6 +720,11 @@ def _byte_order_mark(encoding: str) -> str:
     return "" if "".encode(encoding) else "\ufeff"
 
 
+def _most_held(options: ReadOptions) -> int:
+    """Characters of a JSONL line or a CSV record that are held at most."""
+    return HELD_PER_NOTE * options.max_note_bytes + _CHUNK
+
+
 def _lines(text: io.TextIOWrapper, most: int) -> Iterator[str]:
     """Lines with their ends, in pieces of at most ``most`` characters, without a leading byte-order mark."""
     first = text.readline(most).removeprefix(_byte_order_mark(text.encoding))
@@ -746,16 +753,14 @@ def _kept_fields(files: Sequence[InputFile], options: ReadOptions) -> list[pa.Fi
                 _check_parquet(file, arrow, options)
                 for name in options.keep:
                     types[name].add(arrow.field(name).type)
-        elif file.kind == "csv":
-            if file.path is not None and file.path.is_fifo():
-                continue  # it can be read only once; its header is checked then
-            with _translated(file), _Raw(file, None) as raw:
-                lines = _CsvLines(file, _decoded(file, raw, options.encoding), options)
-                _csv_header(file, lines, _csv_reader(file, lines, options), options)
         elif file.kind == "text":
             named = [options.id_column] if options.id_column is not None else []
             if absent := [*named, *options.keep]:
                 raise InputError(f"{file} has no column {absent[0]!r}: a text file has no columns")
+        elif file.path is not None and not file.path.is_fifo():  # a pipe can be read only once; it is checked then
+            with _translated(file), _Raw(file, None) as raw:
+                text = _decoded(file, raw, options.encoding)
+                (_probe_csv if file.kind == "csv" else _probe_json)(file, text, options)
     only_parquet = all(file.kind == "parquet" for file in files)
     return [pa.field(name, _kept_type(name, types[name], only_parquet)) for name in options.keep]
 
@@ -843,7 +848,7 @@ def _json_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions,
     Of a key that stands twice in an object the last value counts. left: records that are wanted, None for all; of those
     that follow one may be given that is not the file's.
     """
-    most = HELD_PER_NOTE * options.max_note_bytes + _CHUNK
+    most = _most_held(options)
     column, id_column, keep = options.text_column, _id_column(options), options.keep
     nothing: _Kept = (None,) * len(keep)
     unseen = {name for name, _ in _named_columns(options)}
@@ -902,6 +907,19 @@ def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def _probe_json(file: InputFile, text: io.TextIOWrapper, options: ReadOptions) -> None:
+    """Refuse a file without a named column, as :func:`_json_records` does; reads no further than up to the last one."""
+    unseen = {name for name, _ in _named_columns(options)}
+    objects = 0
+    for record in islice(_objects(_lines(text, _most_held(options))), PROBE_OBJECTS):
+        objects += 1
+        unseen.difference_update(record)
+        if not unseen:
+            return
+    if objects:
+        _check_seen(file, unseen, objects, options)
+
+
 def _check_seen(file: InputFile, unseen: set[str], objects: int, options: ReadOptions) -> None:
     for name, option in _named_columns(options):
         if name in unseen:
@@ -954,7 +972,7 @@ class _CsvLines:
 
     def __init__(self, file: InputFile, text: io.TextIOWrapper, options: ReadOptions) -> None:
         self._file = file
-        self._most = HELD_PER_NOTE * options.max_note_bytes + _CHUNK
+        self._most = _most_held(options)
         self._lines = _lines(text, self._most + 2)  # a piece is too long, its byte-order mark not counted
         self.held = 0
         #: Lines since the last record that are not blank.
@@ -972,7 +990,8 @@ class _CsvLines:
             self.count += not line.isspace()
             if self.held > self._most:
                 raise InputError(
-                    f"{self._file}: row {self.row} is longer than {self._most} characters; is a quote not closed there?"
+                    f"{self._file}: row {self.row} is longer than {self._most} characters; is a quote not closed "
+                    "there, or a line end missing?"
                 )
             yield line
         # The parser gives each record at its line end. Asking for more within one means that a quote is open.
@@ -994,7 +1013,7 @@ def _csv_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions, 
         if fields is None and lines.open and count > 1 and (limit is None or lines.row < limit):
             raise InputError(
                 f"{file}: row {lines.row}: a quote is not closed by the end of the file, and there may be notes in the "
-                f"{count} lines from there on; close or double the quote"
+                f"{count} lines from there on; close or double the quote, or pass --no-quotes if lines are records"
             )
         lines.row += 1
         if fields is None:
@@ -1008,9 +1027,16 @@ def _csv_records(file: InputFile, text: io.TextIOWrapper, options: ReadOptions, 
             yield note_id, None if reason else fields[column], reason, kept
 
 
+def _probe_csv(file: InputFile, text: io.TextIOWrapper, options: ReadOptions) -> None:
+    """Refuse a file without a named column."""
+    lines = _CsvLines(file, text, options)
+    _csv_header(file, lines, _csv_reader(file, lines, options), options)
+
+
 def _csv_reader(file: InputFile, lines: _CsvLines, options: ReadOptions) -> Iterator[list[str]]:
     # Not lenient: what follows a closed quote would join the field, often with the notes below it.
-    return csv.reader(lines, delimiter=_delimiter(file, options), strict=True)
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if options.quotes else csv.QUOTE_NONE
+    return csv.reader(lines, delimiter=_delimiter(file, options), quoting=quoting, strict=True)
 
 
 def _csv_fields(reader: Iterator[list[str]]) -> Iterator[list[str] | None]:
@@ -1035,7 +1061,7 @@ def _csv_header(
         header = next(filter(lambda _: lines.count, reader), [])
     except csv.Error as exc:
         wrong = "is not closed" if lines.open else "stands inside a field"
-        raise InputError(f"{file}: a quote in its header {wrong}; write the file again") from exc
+        raise InputError(f"{file}: a quote in its header {wrong}; write the file again, or pass --no-quotes") from exc
     id_column = _check_names(file, header, options, "")
     return (
         len(header),

@@ -134,6 +134,7 @@ _DESCRIPTION = {
             "id_column": (str, type(None)),
             "encoding": _TEXT,
             "delimiter": (str, type(None)),
+            "quotes": (bool,),
             "keep": [_TEXT],
             "limit": (int, type(None)),
             "max_note_bytes": _NUMBER,

@@ -173,7 +173,9 @@ def truth_of(file: File, options: ReadOptions, chunk: int) -> Truth:
     if is_csv:
         found = csv_truth(text, _delimiter(file.name, options), options)
         return replace(found, refused="perhaps") if len(text) > most and found.refused == "never" else found
-    return json_truth(text, options, most)
+    found = json_truth(text, options, most)
+    # Standard input is looked at when its turn comes.
+    return replace(found, refused="at once") if found.refused == "at the end" and file.name != "-" else found
 
 
 def _delimiter(name: str, options: ReadOptions) -> str:
@@ -275,8 +277,11 @@ def id_of(value: object) -> tuple[str | None, Reason | None]:
     return (None, None) if value is None or value == "" else (str(value), None)
 
 
-def _csv_lists(lines: Sequence[str], delimiter: str) -> list[tuple[list[str] | None, int]]:
+def _csv_lists(lines: Sequence[str], delimiter: str, *, quotes: bool) -> list[tuple[list[str] | None, int]]:
     """Records, None for one with text behind a closed quote; and how many lines of each are not blank."""
+    if not quotes:
+        split = [line.rstrip("\r\n") for line in lines]
+        return [(line.split(delimiter) if line else [], int(bool(line.strip()))) for line in split]
     records: list[tuple[list[str] | None, int]] = []
     reader = csv.reader(iter(lines), delimiter=delimiter, strict=True)
     while True:
@@ -295,7 +300,7 @@ def csv_truth(text: str, delimiter: str, options: ReadOptions) -> Truth:
     # A last line that cannot be mistaken for anything else becomes a record of its own unless a quote is open.
     end = "fuzz\u2603end"
     lines = io.StringIO(f"{text}\r\n{end}", newline="").readlines()
-    records = _csv_lists(lines, delimiter)
+    records = _csv_lists(lines, delimiter, quotes=options.quotes)
     is_open = records[-1][0] != [end]
     if not is_open:
         del records[-1]
@@ -391,6 +396,7 @@ def make_case(seed: int, number: int) -> Case:
         limit=rng.choice((None,) * 15 + (0, 1, 2, 5, 9)),
         max_note_bytes=rng.choice((64 * 2**20,) * 8 + (1, 20, 60, 300)),
         unique_ids=rng.random() < 0.3,
+        quotes=random.Random(f"{seed} {number} quotes").random() < 0.9,
     )
     if kind == "txt":
         read = replace(read, id_column=None, keep=()) if rng.random() < 0.95 else read
@@ -471,7 +477,7 @@ def make_csv(rng: random.Random, name: str, read: ReadOptions, whole: bool) -> t
         if not whole and rng.random() < 0.1:
             sink.write(rng.choice(("\n", "\r\n", "\r", " \n", '"\n', '""\n', f'a"b{MARKER}\n', ",,,\n", "\t\n")))
     file, intact = packed(rng, name, sink.getvalue(), read, whole)
-    return file, texts if intact and not read.unique_ids else None
+    return file, texts if intact and read.quotes and not read.unique_ids else None
 
 
 def make_text(rng: random.Random, name: str, read: ReadOptions, whole: bool) -> tuple[File, list[str] | None]:

@@ -163,17 +163,17 @@ def test_the_options_reach_the_run(notes: Path, call: Medner) -> None:
     """Each option of ``annotate`` ends up where the run reads it."""
     Path("in.tsv").write_bytes("id;body;ward\nn1;f\xe9tid fever;x\nn1;fever;y\nn2;fever fever;z\n".encode("latin-1"))
     given = (
-        "--text-column body --id-column id --encoding latin-1 --delimiter ; --device cpu --precision fp32 --window 16 "
-        "--threads 1 --batch-tokens 64 --part-rows 1 --min-score 0.5 --limit 2 --max-rejected 1 --max-note-bytes 12 "
-        "--unique-ids --no-text --nested --keep ward --no-reuse --quiet --format jsonl"
+        "--text-column body --id-column id --encoding latin-1 --delimiter ; --no-quotes --device cpu --precision fp32 "
+        "--window 16 --threads 1 --batch-tokens 64 --part-rows 1 --min-score 0.5 --limit 2 --max-rejected 1 "
+        "--max-note-bytes 12 --unique-ids --no-text --nested --keep ward --no-reuse --quiet --format jsonl"
     )
     assert call("annotate", "in.tsv", "-o", "out", "--model", TINY, *given.split()) == (0, "", "")
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert manifest["options"] == {
         "inputs": ["in.tsv"], "output": "out", "model": TINY, "format": "jsonl", "text": False, "nested": True,
         "part_rows": 1, "max_rejected": "1", "threads": 1, "batch_tokens": 64, "min_score": 0.5, "reuse": False,
-        "read": {"text_column": "body", "id_column": "id", "encoding": "latin-1", "delimiter": ";", "keep": ["ward"],
-                 "limit": 2, "max_note_bytes": 12, "unique_ids": True},
+        "read": {"text_column": "body", "id_column": "id", "encoding": "latin-1", "delimiter": ";", "quotes": False,
+                 "keep": ["ward"], "limit": 2, "max_note_bytes": 12, "unique_ids": True},
     }  # fmt: skip
     assert (manifest["model"]["window"], manifest["counts"]["parts"]) == (16, 2)
     spans = [orjson.loads(Path(f"out/spans/part-00000{n}.jsonl").read_bytes()) for n in (0, 1)]
@@ -415,14 +415,16 @@ def test_help_on_standard_output_that_is_full(arguments: tuple[str, ...]) -> Non
 
 
 @pytest.mark.parametrize("again", [(), ("--resume",)])
-def test_a_run_that_stopped_before_its_first_part(call: Medner, notes: Path, again: tuple[str, ...]) -> None:
+@pytest.mark.usefixtures("notes")
+def test_a_run_that_stopped_before_its_first_part(call: Medner, again: tuple[str, ...]) -> None:
     """The corrected command runs as it is: nothing could be lost."""
-    given = ("annotate", notes, "-o", "out", "--model", TINY, "--max-rejected", "all")
-    code, _, error = call(*given, "--text-column", "body")
+    given = ("annotate", "open.csv", "-o", "out", "--model", TINY)
+    Path("open.csv").write_text('text\n"fever\nAsthma\n')
+    code, _, error = call(*given)
     assert code == 4
     assert "--resume" not in error
-    assert call(*given, *again)[0] == 0
-    assert json.loads(Path("out/run.json").read_bytes())["options"]["read"]["text_column"] == "text"
+    assert call(*given, "--no-quotes", *again)[0] == 0
+    assert json.loads(Path("out/run.json").read_bytes())["options"]["read"]["quotes"] is False
 
 
 @pytest.mark.parametrize("again", [(), ("--resume",)])
@@ -440,10 +442,12 @@ def test_a_run_json_of_another_program(call: Medner, notes: Path, again: tuple[s
     assert not Path("out/spans").exists()
 
 
-def test_a_description_beside_other_files(call: Medner, notes: Path) -> None:
+@pytest.mark.usefixtures("notes")
+def test_a_description_beside_other_files(call: Medner) -> None:
     """Medner's own without a part is nothing to lose, but what stands beside it may be."""
-    given = ("annotate", notes, "-o", "out", "--model", TINY)
-    assert call(*given, "--text-column", "body")[0] == 4
+    given = ("annotate", "open.csv", "-o", "out", "--model", TINY)
+    Path("open.csv").write_text('text\n"Gout\nAsthma\n')
+    assert call(*given)[0] == 4
     Path("out/thesis.txt").write_text("x")
     assert call(*given)[0] == 6
 

@@ -551,14 +551,14 @@ def test_an_input_that_stopped_the_run_and_was_repaired(tmp_path: Path, notes: P
     folder.mkdir()
     if kind == "table":
         (folder / "a.jsonl").write_bytes(300 * notes.read_bytes())
-        damaged = folder / "b.jsonl.gz"
+        damaged, whole = folder / "b.csv", b'note_id,text\n1,"fever"\n2,fever\n'
+        damaged.write_bytes(whole.replace(b'r"', b"r"))
     else:
         for number in range(2000):
             (folder / f"{number:04}.txt").write_text("fever")
-        damaged = folder / "b.txt.gz"
-    whole = gzip.compress(notes.read_bytes())
-    damaged.write_bytes(whole[:-4])
-    with pytest.raises(InputError, match="copy or write it again"):
+        damaged, whole = folder / "b.txt.gz", gzip.compress(b"fever")
+        damaged.write_bytes(whole[:-4])
+    with pytest.raises(InputError, match="copy or write it again" if kind == "texts" else "close or double the quote"):
         go(folder, out, part_rows=100)
     before = committed(out)
     assert before
@@ -586,6 +586,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"read": ReadOptions(id_column="other")}, "options.read.id_column was None, is other"),
     ({"read": ReadOptions(encoding="latin-1")}, "options.read.encoding was utf-8, is latin-1"),
     ({"read": ReadOptions(delimiter=";")}, "options.read.delimiter was None, is ;"),
+    ({"read": ReadOptions(quotes=False)}, "options.read.quotes was True, is False"),
     ({"read": ReadOptions(keep=("age",))}, "options.read.keep was 0 of them, is 1 of them (and 1 more)"),
     ({"read": ReadOptions(limit=8)}, "options.read.limit was None, is 8"),
     ({"read": ReadOptions(max_note_bytes=9)}, "options.read.max_note_bytes was 67108864, is 9"),

@@ -234,8 +234,8 @@ def test_what_was_run_is_recorded(tmp_path: Path, notes: Path) -> None:
         "inputs": [str(notes)], "output": str(out), "model": str(testing.bundle()), "format": "parquet", "text": True,
         "nested": False, "part_rows": 5000, "max_rejected": "50%", "threads": 2, "batch_tokens": 100,
         "min_score": 0.25, "reuse": True,
-        "read": {"text_column": "text", "id_column": None, "encoding": "utf-8", "delimiter": None, "keep": [],
-                 "limit": None, "max_note_bytes": 67108864, "unique_ids": False},
+        "read": {"text_column": "text", "id_column": None, "encoding": "utf-8", "delimiter": None, "quotes": True,
+                 "keep": [], "limit": None, "max_note_bytes": 67108864, "unique_ids": False},
     }  # fmt: skip
     content = notes.read_bytes()
     assert manifest["inputs"] == [

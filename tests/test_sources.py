@@ -464,6 +464,16 @@ def test_jsonl_column_in_none_of_the_first_objects(tmp_path: Path) -> None:
     )
 
 
+def test_jsonl_columns_are_looked_for_at_once(tmp_path: Path) -> None:
+    """The last file without a column stops a run before its first; a stream shows it when it is read."""
+    write_jsonl(tmp_path / "a.jsonl", {"text": "x"})
+    other = write(tmp_path / "b.jsonl.gz", gzip.compress(b'7\n{\n{"body": "y"}\n'))
+    message = "has no column 'text' in its first 1 objects; name another with --text-column"
+    assert refused(InputError, lambda: reader(tmp_path)) == f"{other} {message}"
+    stream = Reader(discover(["-"]).files, ReadOptions(), io.BytesIO(b'{"body": "y"}\n'))
+    assert refused(InputError, lambda: list(stream.batches())) == f"standard input {message}"
+
+
 @pytest.mark.parametrize("after", ["\n \n", "\n{", '\n{"text": "z", "ward": "ICU"}\n{"text": "z"}'])
 def test_a_limit_where_a_column_is_still_looked_for(tmp_path: Path, after: str) -> None:
     """Rows behind the limit are looked at and not read; what was read is the whole file where none is behind it."""
@@ -610,7 +620,7 @@ def test_csv_open_quote(tmp_path: Path) -> None:
     path = write(tmp_path / "n.csv", 'note_id,text\n1,a\n\n2,"b\n3,c\n4,d\n')
     assert refused(InputError, lambda: read(path)) == (
         f"{path}: row 1: a quote is not closed by the end of the file, and there may be notes in the 3 lines from "
-        "there on; close or double the quote"
+        "there on; close or double the quote, or pass --no-quotes if lines are records"
     )
     assert brief(read(path, limit=1)) == [("1", "a")]
     alone = write(tmp_path / "n.csv", 'note_id,text\n1,a\n2,"b\n\n \n')
@@ -642,8 +652,23 @@ def test_csv_stray_quote(tmp_path: Path) -> None:
     ]
     header = write(tmp_path / "header.csv", '"text"s\na\n')
     assert refused(InputError, lambda: reader(header)) == (
-        f"{header}: a quote in its header stands inside a field; write the file again"
+        f"{header}: a quote in its header stands inside a field; write the file again, or pass --no-quotes"
     )
+
+
+def test_csv_without_quotes(tmp_path: Path) -> None:
+    """Where quotes mean nothing, each line is a record, and each field is what stands between delimiters."""
+    data = 'note_id\ttext\n1\t"Gout\n2\t"Asthma" was\r\n\n3\t5\'9" tall\r4\t""\tx\n"5"\t"fever"'
+    path = write(tmp_path / "n.tsv", data)
+    assert brief(read(path, quotes=False)) == [
+        ("1", '"Gout'),
+        ("2", '"Asthma" was'),
+        ("3", "5'9\" tall"),
+        ("n.tsv:3", "wrong number of fields"),
+        ('"5"', '"fever"'),
+    ]
+    header = write(tmp_path / "header.csv", '"text,a"b\nGout,1\n')
+    assert [row["text"] for row in read(header, text_column='"text', keep=('a"b',), quotes=False)] == ["Gout"]
 
 
 @pytest.mark.parametrize("data", ['note_id,text,"ward\n1,a,x\n2,b,y\n', '"text\na\nb', '\n\n"text\n'])
@@ -651,7 +676,7 @@ def test_csv_open_quote_in_the_header(tmp_path: Path, data: str) -> None:
     """A header that goes on to the end of the file would leave no notes, so it is an error."""
     path = write(tmp_path / "n.csv", data)
     assert refused(InputError, lambda: reader(path)) == (
-        f"{path}: a quote in its header is not closed; write the file again"
+        f"{path}: a quote in its header is not closed; write the file again, or pass --no-quotes"
     )
 
 
@@ -672,11 +697,11 @@ def test_csv_record_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [row["text"] or row["reason"] for row in read(path, max_note_bytes=50)] == ["ok", "note is too large", "ok"]
     path = write(tmp_path / "open.csv", 'text\nok\n"open' + "\nx" * 500)
     assert refused(InputError, lambda: read(path, max_note_bytes=50)) == (
-        f"{path}: row 1 is longer than 416 characters; is a quote not closed there?"
+        f"{path}: row 1 is longer than 416 characters; is a quote not closed there, or a line end missing?"
     )
     path = write(tmp_path / "line.csv", "text\nok\n" + "x" * 500)
     assert refused(InputError, lambda: read(path, max_note_bytes=50)) == (
-        f"{path}: row 1 is longer than 416 characters; is a quote not closed there?"
+        f"{path}: row 1 is longer than 416 characters; is a quote not closed there, or a line end missing?"
     )
 
 
@@ -1085,12 +1110,11 @@ def test_truncated_compression(tmp_path: Path, suffix: str) -> None:
     data = pack(b"".join(lines), suffix)
     for cut in (0, 5, len(data) // 2, len(data) - 1):
         path = write(tmp_path / f"n.jsonl.{suffix}", data[:cut])
-        batches = reader(path).batches()
         rows = 0
 
-        def consume(batches: Any = batches) -> None:
+        def consume(path: Path = path) -> None:
             nonlocal rows
-            for batch in batches:
+            for batch in reader(path).batches():
                 assert batch.column("reason").null_count == batch.num_rows
                 rows += batch.num_rows
 

@@ -998,12 +998,14 @@ def test_more_notes_or_other_bytes(tmp_path: Path, go: Go, notes: Path) -> None:
 
 
 def test_notes_are_read_as_they_were(tmp_path: Path) -> None:
-    """The recorded options say how: columns, encoding, delimiter, limit, sizes and repeated ids."""
+    """The recorded options say how: columns, encoding, delimiter, quotes, limit, sizes and repeated ids."""
     table = tmp_path / "in.csv"
     table.write_bytes(
-        "id;body;ward\nn1;f\xe9tid fever;x\nn1;fever;y\nn2;fever fever fever;z\nn3;ok;z\n".encode("latin-1")
+        'id;body;ward\nn1;"f\xe9tid fever;x\nn1;fever;y\nn2;fever fever fever;z\nn3;ok;z\n'.encode("latin-1")
     )
-    read = ReadOptions("body", "id", "latin-1", ";", ("ward",), 3, 14, unique_ids=True)
+    read = ReadOptions(
+        "body", "id", "latin-1", ";", quotes=False, keep=("ward",), limit=3, max_note_bytes=14, unique_ids=True
+    )
     out = annotate(table, tmp_path / "out", read=read)
     assert [row["reason"] for row in rows_of(out)] == [None, "id is repeated", "note is too large"]
     verify(out, [str(table)])
