@@ -96,7 +96,7 @@ def explode(
     _check_columns(batch, options)
     lists = batch.column("spans")
     found, parents = pc.list_flatten(lists)[low:high], pc.list_parent_indices(lists)[low:high]
-    columns = {name: batch.column(name).take(parents) for name in (*schema.KEY.names, *_names(options.keep))}
+    columns = {name: _taken(batch.column(name), parents) for name in (*schema.KEY.names, *_names(options.keep))}
     columns |= {name: pc.struct_field(found, name) for name in schema.SPAN.names}
     if options.text:
         columns["text"] = _mentions(batch.column(options.text_column), found, parents)
@@ -118,6 +118,12 @@ def nest(batch: pa.RecordBatch, options: TableOptions) -> pa.Table:
     nested = pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), structs, type=kind, mask=lists.is_null())
     columns = {name: batch.column(name) for name in (*schema.KEY.names, *_names(options.keep))}
     return _as_table(columns | {"spans": nested}, wanted)
+
+
+def _taken(column: pa.Array, rows: pa.Array) -> pa.Array:
+    """The values of some rows. Rows cannot be picked out of views, but of what they view."""
+    viewed = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(column.type)
+    return column.take(rows) if viewed is None else column.cast(viewed).take(rows).cast(column.type)
 
 
 def _check_columns(batch: pa.RecordBatch, options: TableOptions) -> None:

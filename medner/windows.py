@@ -29,6 +29,13 @@ Bools = npt.NDArray[np.bool_]
 #: A note is worked through in pieces of at most this many code points, so that memory stays bounded.
 PIECE_CHARS = 1 << 18
 
+#: Longer stretches without a blank line are no prose. The splitter's time grows with the square of the sentences in
+#: scripts without spaces, and no signal is seen meanwhile.
+_STRETCH_CHARS = 1 << 15
+#: So it does with that of quotation marks that stay open: where more than one character in eight is one, they are none.
+_QUOTES = "“”„‟‘’‚‛«»‹›`´「」『』"
+_FEW_CHARS, _MOST_QUOTED = 1 << 12, 1 / 8
+
 _LINE_BREAK = re.compile(r"\r\n|\n|\r")
 _BLANK_LINE = re.compile(r"(?:\r\n|\n|\r)[ \t]*(?:\r\n|\n|\r)")
 _MARKER = r"(?:[-*+•·▪◦●○■□‣–][ \t]|\(?(?:\d{1,2}|[A-Za-z])[.)][ \t])"
@@ -69,8 +76,11 @@ def _cut(text: str, low: int, high: int) -> int:
     if segment:
         return low + segment
     broken = max(text.rfind(mark, low, high) for mark in "\n\r")
-    if broken >= 0:
-        return broken + 1
+    return broken + 1 if broken >= 0 else _end_of_word(text, low, high)
+
+
+def _end_of_word(text: str, low: int, high: int) -> int:
+    """The last white space between, else the last word boundary that is surely one, else ``high``."""
     for ends_word in (_is_space, _is_alone):
         for end in range(high, low, -1):
             if ends_word(text[end - 1]):
@@ -100,9 +110,7 @@ def segments(text: str) -> list[int]:
     """
     bounds = [0]
     for start, end in pairwise([*_block_starts(text), len(text)]):
-        flat = text[start:end].translate(_FLAT)
-        cuts = [start + sentence["start_index"] for sentence in sentencex.get_sentence_boundaries("en", flat)]
-        for cut in (*cuts, end):
+        for cut in (*_sentence_starts(text, start, end), end):
             # White space leads the segment that follows it, as sub-word tokenizers of the BPE kind expect.
             cut = _before_space(text, bounds[-1], cut)
             if cut > bounds[-1]:
@@ -112,6 +120,23 @@ def segments(text: str) -> list[int]:
         return [0, len(text)]
     bounds[-1] = len(text)
     return bounds
+
+
+def _sentence_starts(text: str, start: int, end: int) -> Iterator[int]:
+    """Where sentences begin between two places, the first of them aside.
+
+    The splitter gets stretches that it is through with soon, whatever stands in them: each begins with one of the last
+    sentences of the one before, whose end may lie inside a quotation, or where that had none, at a word.
+    """
+    while start < end:
+        stop = end
+        if end - start > _STRETCH_CHARS:
+            stop = _end_of_word(text, start + _STRETCH_CHARS // 2, start + _STRETCH_CHARS)
+        sentences = sentencex.get_sentence_boundaries("en", _flattened(text[start:stop]))
+        starts = [start + sentence["start_index"] for sentence in sentences[1:]]
+        sure = [cut for cut in starts if cut <= stop - _STRETCH_CHARS // 4] if stop < end else starts
+        yield from sure or starts
+        start = sure[-1] if stop < end and sure else stop
 
 
 def all_segments(text: str) -> list[int]:
@@ -127,6 +152,16 @@ def _before_space(text: str, low: int, high: int) -> int:
         high -= 1
     return high
 
+
+def _flattened(text: str) -> str:
+    """What the splitter gets: as long, with spaces for all white space, and without quotation marks that are none."""
+    flat = text.translate(_FLAT)
+    if len(flat) > _FEW_CHARS and sum(map(flat.count, _QUOTES)) > _MOST_QUOTED * len(flat):
+        return flat.translate(_UNQUOTED)
+    return flat
+
+
+_UNQUOTED = {ord(mark): "'" for mark in _QUOTES}
 
 # All white space, not only line breaks: sentencex (1.0.32) panics on a letter, a space beyond ASCII and a full stop.
 _FLAT = {code: " " for code in range(0x3001) if chr(code).isspace()}

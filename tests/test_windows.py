@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+import sentencex
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -513,6 +516,52 @@ def test_labels_come_from_the_window_furthest_from_an_edge(length: int, capacity
         shared = [left.end - right.start for left, right in pairwise(found)]
         assert shared[:-1] == [capacity // 4] * (len(shared) - 1)
         assert shared[-1] >= capacity // 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text that is no prose
+
+
+@pytest.mark.parametrize("unit", ["“", "‘「」", "`a ", "word ", "漢", "x"])
+def test_long_stretches(unit: str) -> None:
+    """The splitter gets what it is through with soon, and what is no sentence is cut nowhere."""
+    given: list[str] = []
+    split = sentencex.get_sentence_boundaries
+
+    def seen(language: str, text: str) -> Any:
+        given.append(text)
+        return split(language, text)
+
+    text = unit * (120_000 // len(unit))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sentencex, "get_sentence_boundaries", seen)
+        bounds = windows.segments(text)
+    assert sum(map(len, given)) == len(text)
+    assert max(map(len, given)) <= windows._STRETCH_CHARS
+    assert not any(mark in each for each in given for mark in "“‘「」`")
+    assert bounds == [0, len(text)]
+
+
+def test_long_stretches_of_prose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are cut where sentences end, as though the splitter had got them whole."""
+    sentences = (
+        "He was well at 3.5 mg.",
+        "Dr. Gray said “no. not now” twice!",
+        "It’s 5’ tall?",
+        "word " * 4000 + "end.",
+    )
+    rng = random.Random(3)
+    text = " ".join(rng.choice(sentences[:3]) if n % 700 else sentences[3] for n in range(1, 6000))
+    found = windows.segments(text)
+    assert len(found) > 5000
+    monkeypatch.setattr(windows, "_STRETCH_CHARS", len(text))
+    assert found == windows.segments(text)
+
+
+def test_quotes_of_prose_stay() -> None:
+    """They tell where a sentence ends."""
+    text = "She said “I am well. I sleep.” and left. " * 200
+    assert windows._flattened(text) == text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
