@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from medner import bundle as bundles
 from medner import decode, parity, runtime
@@ -72,6 +75,7 @@ def export(options: ExportOptions) -> str:
     checkpoint = bundles.load_checkpoint(options.checkpoint, options.window)
     data = parity.read_parity_data(options.parity_data, options.split, options.text_column, options.labels)
     reference = TorchModel(options.checkpoint)
+    reference(np.zeros((1, 2), dtype=np.int64), np.array([2]))  # weights that are no numbers show before any work
     with _scratch(options.output) as scratch:
         target = scratch / "bundle"
         graphs = {precision: target / bundles.VARIANT_FILES[precision] for precision in ("fp32", *options.precisions)}
@@ -91,6 +95,7 @@ def export(options: ExportOptions) -> str:
                 checkpoint, runtime.Session(graphs["fp32"], "cpu"), data
             )
         checkpoint = replace(checkpoint, min_score=least)
+        gate.min_score = least
         samples = verify.samples(checkpoint, data) if len(graphs) > 1 else []
         failures: list[CheckFailed] = []
         for precision, make in (("int8", _int8), ("fp16", _fp16)):
@@ -108,9 +113,8 @@ def export(options: ExportOptions) -> str:
             graphs["fp32"].unlink()
         if any(graph.exists() for graph in graphs.values()):
             _complete(target, options, checkpoint, gate.report.as_dict())
-            if options.output.exists():
-                options.output.rename(scratch / "replaced")
-            target.rename(options.output)
+            _check_output(options)  # what came there meanwhile may be another's
+            _publish(target, options.output, scratch / "replaced")
     if failures:
         raise CheckFailed("\n".join(map(str, failures)))
     return verify.summary(gate.report)
@@ -163,14 +167,34 @@ def _check(options: ExportOptions) -> None:
         raise UsageError(f"--min-score {options.min_score}: use auto or a number from 0 to 1")
     output = options.output
     bundles.check_name(options.name or output.name)
-    if output.exists():
-        if not (output / bundles.MANIFEST).is_file():
-            raise OutputError(f"{output}: exists and is no bundle; choose another -o")
-        if not options.overwrite:
-            raise OutputError(f"{output}: holds a bundle; choose another -o, or pass --overwrite")
+    _check_output(options)
+    if os.path.lexists(output):
         for given in (options.checkpoint, Path(options.parity_data)):
             if given.resolve().is_relative_to(output.resolve()):
                 raise UsageError(f"{given} lies in the output {output}, which is replaced; choose another -o")
+
+
+def _check_output(options: ExportOptions) -> None:
+    """Refuse to replace what is no bundle, and a bundle unless that was asked for."""
+    output = options.output
+    # Not Path.exists, which raises where nobody can tell; what can be made there shows when it is.
+    if os.path.lexists(output):
+        if not os.path.isfile(output / bundles.MANIFEST):  # noqa: PTH113
+            raise OutputError(f"{output}: exists and is no bundle; choose another -o")
+        if not options.overwrite:
+            raise OutputError(f"{output}: holds a bundle; choose another -o, or pass --overwrite")
+
+
+def _publish(target: Path, output: Path, replaced: Path) -> None:
+    """Give the bundle its name; one that has it is put aside, and back if that fails."""
+    try:
+        if output.exists():
+            output.rename(replaced)
+        target.rename(output)
+    except BaseException:
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)
+        raise
 
 
 def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, report: Mapping[str, Any]) -> None:
@@ -186,7 +210,8 @@ def _complete(target: Path, options: ExportOptions, checkpoint: bundles.Bundle, 
         "training": bundles.recorded_training(options.checkpoint),
         "versions": {**{package: version(package) for package in _PACKAGES}, "onnxruntime": runtime.version()},
     }
-    (target / "README.md").write_text(_model_card(name, checkpoint, card), encoding="utf-8")
+    # As the manifest: a path in it may be no valid Unicode.
+    (target / "README.md").write_text(_model_card(name, checkpoint, card), encoding="utf-8", errors="backslashreplace")
     bundles.write_manifest(
         target,
         name=name,
@@ -220,7 +245,13 @@ def _model_card(name: str, checkpoint: bundles.Bundle, card: Mapping[str, Any]) 
         "|---|---|---|---|---|",
     ]
     for precision, result in report["variants"].items():
-        scores = [f"{value:.4f}" if value is not None else "-" for value in (result["f1"], result["reference_f1"])]
         name = precision if result["passed"] else f"{precision} (failed, not written)"
-        lines.append(f"| {name} | {result['spans']} | {result['agreement']:.2%} | {' | '.join(scores)} |")
+        lines.append(_card_row(name, result))
+        if result["kept"]:
+            lines.append(_card_row(f"{name}, scores from {checkpoint.min_score:g}", result["kept"]))
     return "\n".join(lines) + "\n"
+
+
+def _card_row(name: str, result: Mapping[str, Any]) -> str:
+    scores = [f"{value:.4f}" if value is not None else "-" for value in (result["f1"], result["reference_f1"])]
+    return f"| {name} | {result['spans']} | {result['agreement']:.2%} | {' | '.join(scores)} |"

@@ -132,6 +132,8 @@ def summary(report: Report) -> str:
     for precision, result in report.variants.items():
         scores = "" if result.f1 is None else f", F1 {result.f1:.4f} (PyTorch {result.reference_f1:.4f})"
         lines.append(f"{precision}: {result.spans} spans, {result.agreement:.2%} equal{scores}")
+        if result.kept:
+            lines[-1] += f"; of the {result.kept.spans} that it gives out, {result.kept.agreement:.2%}"
     if report.fp16_operators:
         lines.append(f"fp16 operators {report.fp16_operators}")
     return "\n".join(lines)

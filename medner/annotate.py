@@ -107,13 +107,15 @@ class Annotator:
     """
 
     def __init__(
-        self, bundle: bundles.Bundle, model: Model, options: Options, *, precision: str, session: Session | None = None
+        self, bundle: bundles.Bundle, model: Model, options: Options, *, precision: str, pad_multiple: int | None = None
     ) -> None:
-        """Use :meth:`load`; this is for a model that is not an onnxruntime session.
+        """Use :meth:`load`; this is for a model that was opened already, an onnxruntime session or any other.
 
-        precision: the variant that ``model`` computes, for the record. The attribute ``types`` names the entity types
-        that the model knows; ``notice`` is a line about the device for a person, empty where there is nothing to say.
+        precision: the variant that ``model`` computes, for the record. pad_multiple: of padded lengths; None takes the
+        device's of :data:`PAD_MULTIPLE`. The attribute ``types`` names the entity types that the model knows;
+        ``notice`` is a line about the device for a person, empty where there is nothing to say.
         """
+        session = model if isinstance(model, Session) else None
         self.bundle = bundle
         self.options = options
         self.min_score = bundle.min_score if options.min_score is None else options.min_score
@@ -121,6 +123,8 @@ class Annotator:
         self.session = session
         self.notice = ""
         self.counts = Counts()
+        # Now, for the current directory may be another when this is pickled.
+        self._reference = bundles.reference(bundle.path)
         self._tags = decode.tag_set(bundle.labels)
         self._outside = int(np.flatnonzero(self._tags.type_of < 0)[0])
         self._best = session.best if session is not None and session.gives_best else _best_of(model)
@@ -133,23 +137,25 @@ class Annotator:
         device = "cuda" if session is not None and session.device.startswith("cuda") else "cpu"
         # On a GPU the host prepares one batch while the device computes another.
         self.threads = options.threads or (2 if device == "cuda" else available_cpus())
-        self.batch_tokens = options.batch_tokens or BATCH_TOKENS[device]
         self._on_cuda = device == "cuda"
-        if session is not None and self._on_cuda and options.batch_tokens is None:
-            self.batch_tokens = session.probe(bundle.window)
-        self.use_budget(self.batch_tokens)
-        self._pad_multiple = PAD_MULTIPLE[device]
+        # A window is computed alone where its neighbours would change its result.
+        self._alone = session is not None and session.scales_by_batch
+        tokens = options.batch_tokens or BATCH_TOKENS[device]
+        if session is not None and self._on_cuda and options.batch_tokens is None and not self._alone:
+            tokens = session.probe(bundle.window)
+        self.use_budget(tokens)
+        self._pad_multiple = pad_multiple or PAD_MULTIPLE[device]
         self._busy = _Busy()
         self._reuse = _Reuse(REUSE_BYTES) if options.reuse else None
 
     def use_budget(self, batch_tokens: int) -> None:
         """Fill batches up to another number of padded tokens, from the next stream on."""
-        self.batch_tokens = batch_tokens
-        if self.session is not None and self._on_cuda:
+        self.batch_tokens = 1 if self._alone else batch_tokens
+        if self.session is not None and self._on_cuda and not self._alone:
             self.session.most_tokens = batch_tokens
         # Enough for every thread to have several batches, with windows of each length to fill them; a GPU has few
         # lengths, and waits for none of its threads.
-        self._job_chars = max(_JOB_CHARS, (192 if self._on_cuda else 24 * self.threads) * batch_tokens)
+        self._job_chars = max(_JOB_CHARS, (192 if self._on_cuda else 24 * self.threads) * self.batch_tokens)
 
     @classmethod
     def load(cls, model: str | Path = "default", options: Options | None = None) -> Annotator:
@@ -166,9 +172,10 @@ class Annotator:
             annotator = cls._open(bundle, options, "cuda:0")
         except DeviceError as exc:
             annotator = cls._open(bundle, options, "cpu")
-            annotator.notice = f"--device auto takes the CPU, for it could not take CUDA: {exc}"
+            taken = f"--device auto takes the CPU, for it could not take CUDA: {exc}"
         else:
-            annotator.notice = " ".join(filter(None, ["--device auto takes cuda:0", annotator.notice]))
+            taken = "--device auto takes cuda:0"
+        annotator.notice = "; ".join(filter(None, [taken, annotator.notice]))
         return annotator
 
     @classmethod
@@ -177,16 +184,21 @@ class Annotator:
         session = Session(graph, device)
         if session.n_labels not in (None, len(bundle.labels)):
             raise ModelError(f"{graph}: has {session.n_labels} classes, but config.json names {len(bundle.labels)}")
-        annotator = cls(bundle, session, options, precision=precision, session=session)
+        annotator = cls(bundle, session, options, precision=precision)
         if device != "cpu" and precision == "int8":
             annotator.notice = "int8 is slower than fp16 on CUDA"
+        if session.scales_by_batch:
+            annotator.notice = (
+                f"{graph.name} scales activations by all that is computed together, so each window is computed alone; "
+                "medner export makes an int8 that is faster"
+            )
         return annotator
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle as the recipe."""
         if self.session is None:
             raise TypeError("an annotator of a model that is no bundle cannot be pickled")
-        return Annotator.load, (bundles.reference(self.bundle.path), self.options)
+        return Annotator.load, (self._reference, self.options)
 
     def output_schema(self, input_schema: pa.Schema) -> pa.Schema:
         """Schema of the annotated batches, known before the first one."""

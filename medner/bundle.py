@@ -123,12 +123,13 @@ class Bundle:
 def load(model: str | Path, window: int | None = None) -> Bundle:
     """Read a bundle or a foreign model.
 
-    model: a directory, the name of a bundle that ships with medner (``default``), or ``organization/name`` on the
-    Hugging Face hub. window: overrides the recorded one; a foreign model's is ``min(128, the model's limit)``.
+    model: a directory, the name of a bundle that ships with medner (``default``; a directory of that name is
+    ``./default``), or ``organization/name`` on the Hugging Face hub. window: overrides the recorded one; a foreign
+    model's is ``min(128, the model's limit)``.
     Raises :class:`ModelError`.
     """
     with _readable(str(model)):
-        path, name = _locate(str(model))
+        path, name = _locate(model)
         bundle = _own(path, name) if os.path.lexists(path / MANIFEST) else _foreign(path, name)
     return resized(bundle, bundle.window if window is None else window)
 
@@ -194,23 +195,27 @@ def recorded_training(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def weight_hashes(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of the files of a PyTorch checkpoint that hold weights, by name; none for a hub's name.
-
-    Raises :class:`ModelError`.
-    """
-    files = [path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in checkpoint.glob(pattern)]
+    """SHA-256 of :func:`weight_files`, by name; none for a hub's name. Raises :class:`ModelError`."""
     with _readable(str(checkpoint)):
-        return {path.name: sha256_of(path) for path in sorted(files)}
+        return {path.name: sha256_of(path) for path in weight_files(checkpoint)}
 
 
-def _locate(model: str) -> tuple[Path, str]:
-    path = Path(model)
-    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises below what may not be searched
-        return path, path.name or model
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files of a PyTorch checkpoint that transformers takes the weights from, sorted."""
+    return sorted(checkpoint.glob("*.safetensors")) or sorted(checkpoint.glob("pytorch_model*.bin"))
+
+
+def _locate(given: str | Path) -> tuple[Path, str]:
+    """The directory of a model, and its name. What ships goes before a directory of its name, else :func:`reference`
+    would mean another model elsewhere; ``./default``, or a :class:`Path`, is the directory.
+    """
+    model, path = str(given), Path(given)
     shipped = _SHIPPED / model
     # Not Path.is_file, which raises for names that no file can have.
-    if "/" not in model and os.path.isfile(shipped / MANIFEST):  # noqa: PTH113
+    if isinstance(given, str) and "/" not in model and os.path.isfile(shipped / MANIFEST):  # noqa: PTH113
         return shipped, model
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises below what may not be searched
+        return path, path.name or model
     if path.exists():
         raise ModelError(f"{model}: a model is a directory with config.json, tokenizer.json and an ONNX graph")
     if _HUB_NAME.fullmatch(model) and not os.path.isdir(os.path.dirname(model)):  # noqa: PTH112, PTH120
@@ -532,7 +537,7 @@ def describe(bundle: Bundle) -> str:
         lines.append(f"{precision:<9} {variant.file}, {variant.bytes / 1e6:.1f} MB, SHA-256 {variant.sha256[:16]}...")
     try:
         lines.extend(map(_shown, _card_lines(bundle.card)))
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise ModelError(
             f"{bundle.path / MANIFEST}: its scores or its parity are not as medner writes them ({type(exc).__name__})"
         ) from exc

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medner import sources, windows
+from medner.decode import UNNAMED
 from medner.errors import InputError, MissingPackage, install
 
 Span = tuple[int, int, str]
@@ -27,8 +28,6 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "devel": ("devel", "dev", "develop", "development", "valid", "validation", "val"),
     "test": ("test", "testing"),
 }
-#: The label of tags that are a bare ``B`` or ``I``, as in the data sets of BioBERT.
-UNNAMED = "Entity"
 
 _JSON_LINES = frozenset({".jsonl", ".ndjson"})
 _SUFFIXES = _JSON_LINES | {".tsv", ".txt", ".conll", ".iob", ".iob2", ".bio", ".pubtator"}
@@ -38,6 +37,8 @@ _TITLE_OR_ABSTRACT = re.compile(r"([^|\t]+)\|([ta])\|(.*)", re.DOTALL)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SINGLE = frozenset("ESLU")
 _PREFIXES = frozenset("BIESLU")
+#: Of a text that memory holds.
+_OFFSET = re.compile(r"\d{1,15}")
 _INSIDE = re.compile("[A-Za-z0-9]{2}")
 #: Characters of a label, with whose prefix a bundle names its classes.
 _MAX_LABEL = 198
@@ -256,6 +257,8 @@ def _read(path: Path) -> list[Document]:
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     if sources.uncompressed(path).suffix.lower() in _JSON_LINES:
         return list(_read_jsonl(path, lines))
+    if inside := next((number for number, line in enumerate(lines, start=1) if "\r" in line), None):
+        raise InputError(f"{path}:{inside}: a carriage return inside a line; end lines with a line feed")
     first = next((line for line in lines if line.strip()), "")
     if _TITLE_OR_ABSTRACT.fullmatch(first):
         return _read_pubtator(path, lines)
@@ -268,8 +271,6 @@ def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
     styles: set[bool] = set()
     count, outside = 0, False
     for number, line in enumerate([*lines, ""], start=1):
-        if "\r" in line:
-            raise InputError(f"{path}:{number}: a carriage return inside a line; end lines with a line feed")
         if line.strip() and not line.startswith("-DOCSTART-"):
             fields = line.split("\t") if "\t" in line else [*filter(None, map(str.strip, line.split(" ")))]
             if len(fields) < 2 or not fields[0]:
@@ -323,7 +324,7 @@ def _read_pubtator(path: Path, lines: Sequence[str]) -> list[Document]:
             fields = line.split("\t")
             if len(fields) == 4 and fields[0] == current and not fields[1].isdecimal():
                 continue  # a relation between concepts, as in BC5CDR
-            if len(fields) < 5 or fields[0] != current or not (fields[1].isdecimal() and fields[2].isdecimal()):
+            if len(fields) < 5 or fields[0] != current or not all(map(_OFFSET.fullmatch, fields[1:3])):
                 raise InputError(f"{path}:{number}: expected PMID, start, end, text and type, between them tabs")
             start, end = int(fields[1]), int(fields[2])
             if repeated:
@@ -415,8 +416,9 @@ def _readable(rows: Iterable[Any], name: str) -> Iterator[Any]:
 
 
 def _fetch(load_dataset: Callable[..., Any], name: str) -> Any:
+    is_directory = os.path.isdir(name)  # noqa: PTH112 - Path.is_dir raises where nobody can tell
     try:
-        if Path(name).is_dir():
+        if is_directory:
             # Streamed, or else the data would be copied, readable to others, into the cache of Hugging Face. By its
             # full path, or else a directory called "parquet" would be taken for all Parquet files from here on down.
             return load_dataset(str(Path(name).resolve()), streaming=True)
@@ -428,7 +430,7 @@ def _fetch(load_dataset: Callable[..., Any], name: str) -> Any:
                 raise
             return load_dataset(name, revision="refs/convert/parquet")
     except Exception as error:
-        if Path(name).is_dir():  # what is said about a user's own files may quote them
+        if is_directory:  # what is said about a user's own files may quote them
             raise InputError(f"{name}: not loaded as a directory of Parquet files ({type(error).__name__})") from error
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise InputError(

@@ -14,7 +14,12 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 _TAG = re.compile(r"([BIESLU])[-_](.+)")
-_SUFFIXED = re.compile(r"(.+)[-_]([BIESLU])")
+_BARE = frozenset("BIESLU")
+#: What looks like a prefix or a suffix, in which schemes are written that are none of these.
+_LOOSE = re.compile(r"[BIESLU][-_:/](.+)", re.IGNORECASE)
+_SUFFIXED = re.compile(r"(.+)[-_:/][BIESLU]")
+#: The type of tags that are a bare ``B`` or ``I``, as in the data sets of BioBERT.
+UNNAMED = "Entity"
 #: Classes of padding, special tokens and sub-tokens that some training scripts add; they mean what O means.
 _NOTHING = frozenset({"PAD", "[PAD]", "<pad>", "<PAD>", "X", "[CLS]", "[SEP]", "<s>", "</s>", "[UNK]", "<unk>"})
 
@@ -37,7 +42,8 @@ class TagSet:
 def tag_set(labels: tuple[str, ...]) -> TagSet:
     """Understand the labels of IO, IOB1, IOB2, BIOES and BILOU models.
 
-    In IO the labels are the types themselves. IOB1 needs no rule of its own: there ``B-`` stands only where two spans
+    In IO the labels are the types themselves; labels that are letters such as ``B`` and ``I`` alone are prefixes of the
+    one type :data:`UNNAMED`. IOB1 needs no rule of its own: there ``B-`` stands only where two spans
     of one type touch, and an ``I-`` that follows nothing opens a span in any scheme. Beside labels with prefixes, one
     for padding or the like (``PAD``, ``X``, ``[CLS]``) counts as O.
 
@@ -45,16 +51,17 @@ def tag_set(labels: tuple[str, ...]) -> TagSet:
     """
     if "O" not in labels:
         raise ModelError(f"no label O among {', '.join(labels[:8])}; this is not a tagging model")
+    named = {label: f"{label}-{UNNAMED}" if label in _BARE and "I" in labels else label for label in labels}
     tagged = [label for label in labels if label != "O"]
-    if any(_TAG.fullmatch(label) for label in tagged):
+    if any(_TAG.fullmatch(named[label]) for label in tagged):
         tagged = [label for label in tagged if label not in _NOTHING]
-    prefixed = all(_TAG.fullmatch(label) for label in tagged)
+    prefixed = all(_TAG.fullmatch(named[label]) for label in tagged)
     if not prefixed and (odd := _odd_label(tagged)):
         raise ModelError(
             f"the label {odd} is of no scheme that is known (IO, IOB1, IOB2, BIOES, BILOU): rename the labels in "
             "config.json"
         )
-    parts = {label: _TAG.fullmatch(label) if prefixed else None for label in tagged}
+    parts = {label: _TAG.fullmatch(named[label]) if prefixed else None for label in tagged}
     names = {label: match.group(2) if match else label for label, match in parts.items()}
     kinds = {label: match.group(1) if match else "I" for label, match in parts.items()}
     types = tuple(dict.fromkeys(names[label] for label in tagged))
@@ -67,12 +74,14 @@ def tag_set(labels: tuple[str, ...]) -> TagSet:
 
 
 def _odd_label(labels: list[str]) -> str | None:
-    """Of labels that do not all have a prefix, one that shows that they are no types by themselves."""
-    for pattern, type_group in ((_TAG, 2), (_SUFFIXED, 1)):
-        matches = {label: match for label in labels if (match := pattern.fullmatch(label))}
-        types = [match.group(type_group) for match in matches.values()]
-        if len(set(types)) < len(types):
-            return next((label for label in labels if label not in matches), labels[0])
+    """Of labels that do not all have a prefix, one that shows that they are no types by themselves.
+
+    So it is with two that differ in what looks like a prefix alone, or where one has none.
+    """
+    for pattern in (_LOOSE, _SUFFIXED):
+        types = {label: match.group(1) for label in labels if (match := pattern.fullmatch(label))}
+        if len(set(types.values())) < len(types) or not set(labels).isdisjoint(types.values()):
+            return next((label for label in labels if label not in types), labels[0])
     return None
 
 

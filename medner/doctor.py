@@ -155,7 +155,12 @@ def _line(finding: Finding) -> str:
 
 def as_json(findings: Sequence[Finding]) -> str:
     """The findings as JSON, with medner's version."""
-    value = {"medner": metadata.version("medner"), "findings": [asdict(finding) for finding in findings]}
+    # A path in it may be no valid Unicode.
+    plain = [
+        {name: value.encode("utf-8", "backslashreplace").decode() for name, value in asdict(finding).items()}
+        for finding in findings
+    ]
+    value = {"medner": metadata.version("medner"), "findings": plain}
     return orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()
 
 

@@ -1,4 +1,4 @@
-"""Which other files an ONNX graph draws on, read from its bytes: the base install has no onnx package.
+"""What is to be known of an ONNX graph before it is loaded, read from its bytes: the base install has no onnx package.
 
 Older releases of onnxruntime read weights from wherever a graph points, so a bundle's graphs are looked through before
 one of them is loaded.
@@ -23,6 +23,22 @@ MESSAGES = {
 _KEY, _VALUE = 1, 2
 #: Bytes of the two wire types of fixed size; groups, which open and close without a size, count as none.
 _FIXED = {1: 8, 5: 4, 3: 0, 4: 0}
+
+#: Operators that scale activations by the largest of all that is computed together, as a node names them: number of the
+#: field and wire type, length, name.
+_DYNAMIC = tuple(
+    b"\x22" + bytes([len(name)]) + name
+    for name in (b"DynamicQuantizeLinear", b"DynamicQuantizeMatMul", b"DynamicQuantizeLSTM")
+)
+
+
+def scales_by_batch(graph: Path) -> bool:
+    """Whether a graph was quantized dynamically, so that what it makes of a window depends on the rest of its batch.
+
+    Raises :class:`OSError` where the file cannot be read.
+    """
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return any(data.find(name) >= 0 for name in _DYNAMIC)
 
 
 def external_data(graph: Path) -> frozenset[str]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from medner import bundle as bundles
 from medner import datasets, evaluate, score, sources
-from medner.annotate import Annotator, Ints, Model, Options
+from medner.annotate import PAD_MULTIPLE, Annotator, Ints, Model, Options
 from medner.datasets import Document
 from medner.errors import InputError
 from medner.runtime import Session
+
+#: The spans of each document with their scores: (start, end, label, score).
+_Scored: TypeAlias = list[list[tuple[int, int, str, float]]]
 
 #: Two logits of a word that lie closer than this may change places between PyTorch and ONNX.
 TIE = 1e-3
@@ -50,13 +54,18 @@ class LogitParity:
 
 @dataclass(frozen=True, slots=True)
 class VariantParity:
-    """A variant against PyTorch: spans found, share of spans equal, and F1 of both where labels are known."""
+    """A variant against PyTorch: spans found, share of spans equal, and F1 of both where labels are known.
+
+    kept: the same of the spans that the bundle gives out, where it leaves some out for their scores; it has to pass,
+    too.
+    """
 
     spans: int
     agreement: float
     f1: float | None = None
     reference_f1: float | None = None
     passed: bool = False
+    kept: VariantParity | None = None
 
 
 @dataclass(slots=True)
@@ -92,7 +101,8 @@ def read_parity_data(
     ones. Raises :class:`InputError`.
     """
     name = Path(path).name
-    if not Path(path).is_file() or not _is_plain(Path(path)):
+    # Not Path.is_file, which raises where nobody can tell.
+    if not os.path.isfile(path) or not _is_plain(Path(path)):  # noqa: PTH113
         return ParityData(name, datasets.load(path, split, labels), True)
     if labels:
         raise InputError(
@@ -126,7 +136,9 @@ class Gate:
         self._options = Options(reuse=False, threads=threads, min_score=0.0)
         self._gold = evaluate.fit_labels(self._annotator(self._torch, "fp32"), data.documents)
         self.report = Report(data.name, len(data.documents), bundle.window, bundle.packed)
-        self._reference: evaluate.Found | None = None
+        self._reference: _Scored | None = None
+        #: Spans of a lower score are left out by the bundle; reduced precisions are held to those above it as well.
+        self.min_score = bundle.min_score
 
     def check(self, precision: str, graph: Path) -> VariantParity:
         """Hold one variant against PyTorch on the CPU; the report keeps the result. fp32 comes first.
@@ -145,21 +157,18 @@ class Gate:
         paired = _Paired(self._torch, model, self.report.logits) if precision == "fp32" else self._torch
         reference = self.reference(paired)
         found = self._found(model, precision)
-        agreement = score.agreement(_keys(found), _keys(reference))
-        f1 = reference_f1 = None
-        if self._data.labelled:
-            f1, reference_f1 = self._f1(found), self._f1(reference)
         if precision == "fp32":
             logits = self.report.logits
-            passed = logits.differences == 0 and (agreement == 1.0 or logits.ties > 0)
-        else:
-            # Where PyTorch finds nothing of what is labelled, no F1 could be lost.
-            kept_f1 = f1 is not None and reference_f1 is not None and 0 < reference_f1 <= f1 + MAX_F1_LOSS
-            passed = kept_f1 or agreement >= MIN_AGREEMENT
-        return VariantParity(sum(map(len, found)), agreement, f1, reference_f1, passed)
+            result = self._compared(found, reference)
+            return replace(result, passed=logits.differences == 0 and (result.agreement == 1.0 or logits.ties > 0))
+        result = self._judged(found, reference)
+        if not self.min_score:
+            return result
+        kept = self._judged(*(_from_score(each, self.min_score) for each in (found, reference)))
+        return replace(result, passed=result.passed and kept.passed, kept=kept)
 
-    def reference(self, model: Model | None = None) -> evaluate.Found:
-        """PyTorch's own spans, found on the first call, by ``model`` where one stands in for it.
+    def reference(self, model: Model | None = None) -> _Scored:
+        """PyTorch's own spans with their scores, found on the first call, by ``model`` where one stands in for it.
 
         Raises :class:`InputError` where there are none.
         """
@@ -172,17 +181,30 @@ class Gate:
     def of_reference(self) -> VariantParity:
         """PyTorch held against itself: its spans, and its F1 where labels are known."""
         reference = self.reference()
-        f1 = self._f1(reference) if self._data.labelled else None
-        return VariantParity(sum(map(len, reference)), 1.0, f1, f1, passed=True)
+        return replace(self._compared(reference, reference), passed=True)
 
     def _annotator(self, model: Model, precision: str) -> Annotator:
-        return Annotator(self._bundle, model, self._options, precision=precision)
+        # fp16 is for GPUs, whose windows are padded; what a model makes of a window may depend on that.
+        padded = PAD_MULTIPLE["cuda"] if precision == "fp16" and isinstance(model, Session) else None
+        return Annotator(self._bundle, model, self._options, precision=precision, pad_multiple=padded)
 
-    def _found(self, model: Model, precision: str) -> evaluate.Found:
-        return evaluate.find(self._annotator(model, precision), self._data.documents)
+    def _found(self, model: Model, precision: str) -> _Scored:
+        return evaluate.find_scored(self._annotator(model, precision), self._data.documents)
 
-    def _f1(self, found: evaluate.Found) -> float:
-        return score.evaluate(self._gold, found).overall.f1
+    def _judged(self, found: _Scored, reference: _Scored) -> VariantParity:
+        """By the rule for reduced precisions."""
+        result = self._compared(found, reference)
+        # Where PyTorch finds nothing of what is labelled, no F1 could be lost.
+        f1, reference_f1 = result.f1 or 0.0, result.reference_f1 or 0.0
+        kept_f1 = 0 < reference_f1 <= f1 + MAX_F1_LOSS
+        return replace(result, passed=kept_f1 or result.agreement >= MIN_AGREEMENT)
+
+    def _compared(self, found: _Scored, reference: _Scored) -> VariantParity:
+        ours, theirs = ([[span[:3] for span in spans] for spans in each] for each in (found, reference))
+        f1, reference_f1 = (
+            score.evaluate(self._gold, spans).overall.f1 if self._data.labelled else None for spans in (ours, theirs)
+        )
+        return VariantParity(sum(map(len, ours)), score.agreement(_keys(ours), _keys(theirs)), f1, reference_f1)
 
 
 class _Paired:
@@ -207,6 +229,11 @@ class _Paired:
         return logits
 
 
+def _from_score(found: _Scored, least: float) -> _Scored:
+    """The spans that have at least a score."""
+    return [[span for span in spans if span[3] >= least] for spans in found]
+
+
 def _keys(found: evaluate.Found) -> list[tuple[int, int, int, str]]:
     return [(number, *span) for number, spans in enumerate(found) for span in spans]
 
@@ -218,4 +245,6 @@ def shortfall(precision: str, result: VariantParity, logits: LogitParity) -> str
     said = f"{result.agreement:.2%} of spans equal PyTorch's"
     if result.f1 is not None and result.reference_f1 is not None:
         said += f", F1 {result.f1:.4f} against {result.reference_f1:.4f}"
+    if result.kept is not None:
+        said += f"; of those that the bundle gives out, {shortfall(precision, result.kept, logits)}"
     return said

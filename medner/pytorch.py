@@ -84,8 +84,7 @@ def torch_annotator(checkpoint: str | Path, options: Options | None = None) -> A
 
 def weight_bytes(checkpoint: Path) -> int:
     """Size of a checkpoint's weights on disk, in bytes, where transformers would find them."""
-    shards = list(checkpoint.glob("*.safetensors")) or list(checkpoint.glob("pytorch_model*.bin"))
-    return sum(file.stat().st_size for file in shards)
+    return sum(file.stat().st_size for file in bundles.weight_files(checkpoint))
 
 
 def device_name(device: str) -> str | None:

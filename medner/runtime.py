@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medner import graphfile
 from medner.errors import DeviceError, MissingPackage, ModelError, UsageError, install
 
 _DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
@@ -79,6 +80,8 @@ class Session:
             )
         #: Whether the graph itself names each token's likeliest class, so that :meth:`best` may be called.
         self.gives_best = {"tag", "probability"} <= set(outputs)
+        #: Whether what the graph makes of a window depends on the others of its call.
+        self.scales_by_batch = graphfile.scales_by_batch(graph)
         self.n_labels = 0
         #: Element types of the outputs, known once they have been tried; from then on CUDA has buffers for them.
         self._kinds: dict[str, np.dtype[Any]] = {}
@@ -173,7 +176,7 @@ class Session:
                 f"the graph's tags are not all of its {self.n_labels} classes, or its probabilities not between 0 and "
                 f"1, in a batch of {ids.shape}; export the model again"
             )
-        return np.asarray(tags, dtype=np.int16), np.asarray(probabilities, dtype=np.float32)
+        return np.asarray(tags, dtype=np.int16), np.minimum(probabilities, 1, dtype=np.float32)
 
     def _run(self, outputs: list[str], ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> list[Any]:
         if self._kinds:

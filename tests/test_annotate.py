@@ -267,7 +267,7 @@ def test_min_score_of_the_bundle(asked: float | None, left: int) -> None:
     note = "asthma, type 2 diabetes, fever"
     limit = sorted(span.score for span in tiny(note))[1]
     bundle = replace(tiny.bundle, min_score=limit)
-    annotator = Annotator(bundle, tiny.session, Options(min_score=asked), precision="fp32", session=tiny.session)
+    annotator = Annotator(bundle, tiny.session, Options(min_score=asked), precision="fp32")
     assert len(annotator(note)) == left
 
 
@@ -338,6 +338,22 @@ def test_a_copy_finds_its_model_in_any_directory(tmp_path: Path, monkeypatch: py
     recipe = pickle.dumps(Annotator.load("models/mine", Options(threads=1)))
     monkeypatch.chdir(tmp_path / "models")
     assert pickle.loads(recipe).bundle.path == tmp_path / "models" / "mine"
+
+
+def test_a_copy_made_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path is that of when the model was loaded, and what ships is meant by its name, whatever lies there."""
+    shutil.copytree(testing.bundle(), tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    own, shipped = Annotator.load("mine"), Annotator.load("tiny")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path("mine").mkdir()
+    Path("tiny").mkdir()
+    assert pickle.loads(pickle.dumps(own)).bundle.path == tmp_path / "mine"
+    assert pickle.loads(pickle.dumps(shipped)).bundle.path == shipped.bundle.path
+    for directory in ("./tiny", Path("tiny")):
+        with pytest.raises(ModelError, match=r"no config\.json"):
+            Annotator.load(directory)
 
 
 def test_works_in_a_spawned_process(tiny: Annotator) -> None:
@@ -948,7 +964,7 @@ def test_answers_of_the_graph_change_no_span(small_bert: Path, small_bert_static
         session = own.session
         assert session is not None
         assert session.gives_best
-        decoded = Annotator(own.bundle, session, own.options, precision="int8")
+        decoded = Annotator(own.bundle, session.__call__, own.options, precision="int8")
         found, expected = rows(own, [as_batch(notes)]), rows(decoded, [as_batch(notes)])
         assert sum(len(row or []) for row in found) > 200
         assert [as_places(row) for row in found] == [as_places(row) for row in expected]

@@ -211,7 +211,14 @@ def test_a_variant_that_fails_gets_no_speedup(
     result = read()
     check_consistent(result, output, tuple(n for n in ("pytorch fp32", "pytorch bf16") if passes(result, n)))
     failed = result["engines"]["onnx int8"]
-    assert failed["parity"] == {"spans": 0, "agreement": 0.0, "f1": None, "reference_f1": None, "passed": False}
+    assert failed["parity"] == {
+        "spans": 0,
+        "agreement": 0.0,
+        "f1": None,
+        "reference_f1": None,
+        "passed": False,
+        "kept": None,
+    }
     assert failed["failure"] == "0.00% of spans equal PyTorch's"
     assert code == 1
     assert error.splitlines()[-1] == (

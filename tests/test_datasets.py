@@ -239,6 +239,11 @@ def test_jsonl(tmp_path: Path) -> None:
             '{"text": "a \\ud83d", "spans": []}',
             ":1: the text holds half a surrogate pair, which is no character",
         ),
+        (
+            "x.txt",
+            f"1|t|Gout\n1\t0\t{'4' * 5000}\tGout\tDisease\tD1\n",
+            ":2: expected PMID, start, end, text and type, between them tabs",
+        ),
         ("x.tsv", "\n\n", ": the train split holds no document"),
         ("x.tsv", "n1\tO\nn2\tMrs. Secret\n", ":2: the last column holds several words; expected a token and a tag"),
         (
@@ -314,6 +319,10 @@ def test_conll_spaces_and_carriage_returns(tmp_path: Path) -> None:
     path = write(tmp_path / "a.conll", "10\xa0mg  O\ngout B-X\n")
     assert load(str(path), "test")[0].text == "10\xa0mg gout"
     path = write(tmp_path / "b.conll", "a\tO\rb\tB-X\r")
+    with pytest.raises(InputError) as error:
+        load(str(path), "test")
+    assert str(error.value) == f"{path}:1: a carriage return inside a line; end lines with a line feed"
+    path = write(tmp_path / "c.pubtator", "1|t|Gout\r1|a|\r1\t0\t4\tGout\tDisease\tD1\r")
     with pytest.raises(InputError) as error:
         load(str(path), "test")
     assert str(error.value) == f"{path}:1: a carriage return inside a line; end lines with a line feed"

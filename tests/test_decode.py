@@ -71,6 +71,15 @@ def test_labels_without_prefixes_are_types() -> None:
     assert known.opens.tolist() == known.closes.tolist() == [False, False, False]
 
 
+@pytest.mark.parametrize("nothing", [(), ("PAD",), ("X", "[CLS]")])
+def test_prefixes_without_a_type(nothing: tuple[str, ...]) -> None:
+    """``B`` and ``I`` alone are tags of one type, as in the data sets of BioBERT; a mention is not cut in two."""
+    labels = ("O", "B", "I", *nothing)
+    assert spans(["B", "I", "B", "O", "I"], labels) == [(0, 1, "Entity"), (2, 2, "Entity"), (4, 4, "Entity")]
+    assert spans(["B", "I", "E", "S"], ("B", "I", "O", "E", "S")) == [(0, 2, "Entity"), (3, 3, "Entity")]
+    assert decode.tag_set(("O", "I", "PER")).types == ("I", "PER")
+
+
 @pytest.mark.parametrize("nothing", ["PAD", "[PAD]", "X", "[CLS]"])
 def test_a_class_for_padding_means_o(nothing: str) -> None:
     """Scripts that give padding or sub-tokens a class of their own beside IOB2 do not make B and I types by it."""
@@ -84,6 +93,10 @@ def test_a_class_for_padding_means_o(nothing: str) -> None:
         (("O", "B-X", "M-X", "E-X", "S-X"), "M-X"),
         (("O", "B-X", "I-X", "MISC"), "MISC"),
         (("O", "X-B", "X-I"), "X-B"),
+        (("O", "Disease", "I-Disease"), "Disease"),
+        (("O", "b-disease", "i-disease"), "b-disease"),
+        (("O", "B:Disease", "I:Disease"), "B:Disease"),
+        (("O", "Disease", "Disease-I"), "Disease"),
     ],
 )
 def test_schemes_that_are_not_known(labels: tuple[str, ...], odd: str) -> None:

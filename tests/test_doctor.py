@@ -220,6 +220,13 @@ def test_json(call: Medner, machine: Callable[..., None], tmp_path: Path) -> Non
     }
 
 
+def test_json_of_a_path_that_is_no_unicode(call: Medner, machine: Callable[..., None], tmp_path: Path) -> None:
+    """It is told as it can be printed."""
+    machine()
+    _, output, _ = call("--json", "--model", tmp_path / os.fsdecode(b"a\xff"), "-o", tmp_path)
+    assert json.loads(output)["findings"][3]["found"] == f"{tmp_path}/a\\udcff: no such model directory"
+
+
 def test_a_device_of_another_form(call: Medner) -> None:
     """It is a usage error, before anything is looked at."""
     error = "medner: --device gpu: unknown; use auto, cpu, cuda or cuda:N\n"

@@ -130,6 +130,11 @@ def test_errors(tmp_path: Path, jsonl: Path, capfd: pytest.CaptureFixture[str]) 
     )  # fmt: skip
     code, _, error = call(capfd, "evaluate", "--model", tmp_path / "none", "--data", jsonl)
     assert (code, error.partition(";")[0]) == (4, f"medner: {tmp_path}/none: no such model directory")
+    long = tmp_path / ("x" * 300)
+    for model, data in ((long, jsonl), (TINY, long), (TINY, "x" * 300)):
+        code, _, error = call(capfd, "evaluate", "--model", model, "--data", data)
+        assert (code, error.startswith("medner: ")) == (4, True)
+        assert "internal error" not in error
     code, _, error = call(capfd, "evaluate", "--model", TINY, "--data", jsonl, "--json", tmp_path / "none" / "s.json")
     assert (code, error) == (6, f"medner: {tmp_path}/none/s.json: no such directory; create it first\n")
 

@@ -35,6 +35,7 @@ from medner.datasets import Document  # noqa: E402
 from medner.errors import CheckFailed, InputError, ModelError, OutputError, UsageError  # noqa: E402
 from medner.export import ExportOptions, convert, export, half, optimize, verify  # noqa: E402
 from medner.pytorch import TorchModel, torch_annotator  # noqa: E402
+from medner.runtime import Session  # noqa: E402
 
 MENTIONS = ("breast cancer", "asthma", "type 2 diabetes", "heart failure", "fever", "gouty arthritis", "pain")
 FRAMES = (
@@ -263,7 +264,7 @@ def test_manifest_of_a_bundle(checkpoint: Path, notes: Path, exported: tuple[Pat
             "onnxruntime": ort.__version__,
         },
     }
-    scores = {"spans": spans, "agreement": 1.0, "f1": 1.0, "reference_f1": 1.0, "passed": True}
+    scores = {"spans": spans, "agreement": 1.0, "f1": 1.0, "reference_f1": 1.0, "passed": True, "kept": None}
     assert parity == {
         "data": "notes.jsonl",
         "documents": 20,
@@ -702,6 +703,61 @@ def test_labels_of_which_nothing_is_found(
     assert not asked.check("int8", dull).passed
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_the_bundle_gives_out_is_held_to_parity(checkpoint: Path, notes: Path, labelled: bool) -> None:
+    """A variant with PyTorch's spans and other scores gives out others, where those of low scores are left out."""
+    trained = TorchModel(checkpoint)
+    data = replace(parity.read_parity_data(str(notes)), labelled=labelled)
+    asked = parity.Gate(bundles.load_checkpoint(checkpoint, 64), trained, data)
+
+    def unsure(ids: Any, lengths: Any) -> Any:
+        return trained(ids, lengths) / 20
+
+    assert asked.hold("int8", unsure).passed
+    asked.min_score = 0.5
+    same, other = asked.hold("int8", trained), asked.hold("int8", unsure)
+    assert same.kept == replace(same, kept=None)
+    assert (other.agreement, other.passed) == (1.0, False)
+    assert other.kept == parity.VariantParity(0, 0.0, 0.0 if labelled else None, same.f1, False)
+    assert parity.shortfall("int8", other, asked.report.logits).startswith("100.00% of spans equal PyTorch's")
+    assert "; of those that the bundle gives out, 0.00% of spans equal PyTorch's" in parity.shortfall(
+        "int8", other, asked.report.logits
+    )
+
+
+def test_the_card_tells_what_is_given_out(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
+    """Beside all spans, of each reduced precision."""
+    said = export(ExportOptions(checkpoint, tmp_path / "b", str(notes), window=64, min_score=0.5))
+    report = bundles.load(tmp_path / "b").card["parity"]["variants"]
+    assert report["fp32"]["kept"] is None
+    kept = report["int8"]["kept"]["spans"]
+    assert f"| int8, scores from 0.5 | {kept} | 100.00% | " in (tmp_path / "b" / "README.md").read_text()
+    assert said.endswith(f"; of the {kept} that it gives out, 100.00%")
+
+
+def test_fp16_is_held_to_parity_as_a_gpu_runs_it(
+    checkpoint: Path, notes: Path, exported: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In windows that are padded; other precisions run as on a CPU."""
+    seen: set[int] = set()
+    call = Session.__call__
+
+    def seeing(session: Session, ids: Any, lengths: Any) -> Any:
+        seen.add(ids.shape[1] % 8)
+        return call(session, ids, lengths)
+
+    asked = parity.Gate(
+        bundles.load_checkpoint(checkpoint, 64), TorchModel(checkpoint), parity.read_parity_data(str(notes))
+    )
+    session = Session(exported[0] / "onnx/model.onnx", "cpu")
+    monkeypatch.setattr(Session, "__call__", seeing)
+    assert asked.hold("fp32", session).passed
+    assert len(seen) > 1
+    seen.clear()
+    assert asked.hold("fp16", session).passed
+    assert seen == {0}
+
+
 def test_plain_notes_are_held_to_agreement(checkpoint: Path, exported: tuple[Path, str], tmp_path: Path) -> None:
     """Without labels there is no F1: int8 passes with 98 % of spans equal and fails below."""
     rng = random.Random(9)
@@ -743,6 +799,67 @@ def test_an_output_that_exists(tmp_path: Path) -> None:
         with pytest.raises(OutputError) as failure:
             export(ExportOptions(tmp_path, other, "notes.jsonl", overwrite=True))
         assert str(failure.value) == f"{other}: exists and is no bundle; choose another -o"
+
+
+@pytest.mark.usefixtures("no_optimum")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_comes_there_meanwhile(
+    checkpoint: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """What another program made there while the export ran is not replaced."""
+    output = tmp_path / "b"
+    make = medner.export._complete
+
+    def late(*given: Any) -> None:
+        make(*given)
+        output.mkdir()
+        (output / "thesis.txt").write_text("precious")
+
+    monkeypatch.setattr(medner.export, "_complete", late)
+    with pytest.raises(OutputError, match=r"b: exists and is no bundle; choose another -o$"):
+        export(ExportOptions(checkpoint, output, str(notes), precisions=("fp32",), window=64, overwrite=overwrite))
+    assert [path.name for path in tmp_path.rglob("*")] == ["b", "thesis.txt"]
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_an_old_bundle_stays_where_the_new_one_cannot_take_its_place(
+    checkpoint: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption between the two renames puts it back."""
+    old = shutil.copytree(testing.bundle(), tmp_path / "b")
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == "bundle":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(ExportOptions(checkpoint, old, str(notes), precisions=("fp32",), window=64, overwrite=True))
+    assert list(tmp_path.iterdir()) == [old]
+    assert bundles.load(old).name == "tiny"
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_names_that_are_no_unicode(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
+    """They are recorded as they can be printed."""
+    data = shutil.copyfile(notes, tmp_path / os.fsdecode(b"gold\xff.jsonl"))
+    export(ExportOptions(checkpoint, tmp_path / "b", str(data), precisions=("fp32",), window=64, licence="\udcff"))
+    assert "on gold\\udcff.jsonl (20 documents)" in (tmp_path / "b" / "README.md").read_text()
+    assert bundles.load(tmp_path / "b").card["licence"] == "\udcff"
+
+
+def test_weights_that_are_no_numbers(checkpoint: Path, notes: Path, tmp_path: Path) -> None:
+    """They show before any work, as the checkpoint's, not as a draft's that is gone."""
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    model = transformers.AutoModelForTokenClassification.from_pretrained(broken)
+    model.classifier.weight.data.fill_(float("nan"))
+    model.save_pretrained(broken)
+    with pytest.raises(ModelError) as failure:
+        export(ExportOptions(broken, tmp_path / "b", str(notes)))
+    assert str(failure.value) == f"{broken}: its logits are no numbers in fp32; train it at a lower learning rate"
+    assert list(tmp_path.iterdir()) == [broken]
 
 
 @pytest.mark.usefixtures("no_optimum")

@@ -372,3 +372,29 @@ def test_window_of_roberta(roberta: tuple[Path, Path]) -> None:
     with pytest.raises(ModelError) as failure:
         Annotator.load(roberta[1], Options(window=129))
     assert str(failure.value) == "onnx-model: a window of 129 tokens lies outside 8 to 128, the model's limit"
+
+
+def test_dynamic_quantization(bert: tuple[Path, Path], tmp_path: Path) -> None:
+    """Optimum's int8 scales by all that is computed together; a note has the spans that it has alone all the same."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    model = shutil.copytree(bert[1], tmp_path / "dynamic")
+    quantize_dynamic(model / "model.onnx", model / "model_quantized.onnx")
+    annotator = Annotator.load(model, Options(threads=2, batch_tokens=512, reuse=False))
+    assert annotator.precision == "int8"
+    assert annotator.batch_tokens == 1
+    assert annotator.notice.startswith("model_quantized.onnx scales activations by all that is computed together, so")
+    assert annotator.session is not None
+    ids = np.random.default_rng(0).integers(4, 117, (2, 30))
+    together, first = annotator.session(ids, np.array([30, 30])), annotator.session(ids[:1], np.array([30]))
+    assert not np.array_equal(together[:1], first)  # or else nothing is shown here
+    texts = notes(5, 12)
+    alone = [annotator(text) for text in texts]
+    assert any(alone)
+    for order in (range(12), range(11, -1, -1)):
+        found = annotator(batch([texts[i] for i in order])).column("spans").to_pylist()
+        assert [[(s["start"], s["end"], s["label"], s["score"]) for s in spans] for spans in found] == [
+            [(s.start, s.end, s.label, s.score) for s in alone[i]] for i in order
+        ]
+    plain = Annotator.load(model, Options(precision="fp32", batch_tokens=512))
+    assert (plain.batch_tokens, plain.notice) == (512, "")

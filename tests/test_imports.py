@@ -18,8 +18,9 @@ HEAVY = ["torch", "transformers", "datasets", "onnxruntime", "optimum", "onnx", 
 
 #: What a module may import of medner. ``errors`` is allowed everywhere; modules not named here stand on top.
 ALLOWED = {
-    **{leaf: set[str]() for leaf in ["errors", "schema", "graphfile", "windows", "decode", "runtime"]},
-    "datasets": {"windows", "sources"},
+    **{leaf: set[str]() for leaf in ["errors", "schema", "graphfile", "windows", "decode"]},
+    "runtime": {"graphfile"},
+    "datasets": {"decode", "windows", "sources"},
     "bundle": {"graphfile"},
     "annotate": {"schema", "bundle", "windows", "decode", "runtime"},
     "sources": {"schema"},

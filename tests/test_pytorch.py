@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from medner import bundle as bundles  # noqa: E402
 from medner import testing  # noqa: E402
 from medner.annotate import Options  # noqa: E402
 from medner.errors import DeviceError, MissingPackage, ModelError  # noqa: E402
@@ -174,6 +175,9 @@ def test_size_of_the_weights(tmp_path: Path) -> None:
     for name, size in (("model-00001-of-00002.safetensors", 10), ("model-00002-of-00002.safetensors", 4)):
         (tmp_path / name).write_bytes(b"x" * size)
     assert weight_bytes(tmp_path) == 14
+    assert list(bundles.weight_hashes(tmp_path)) == [
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    ]  # fmt: skip
 
 
 def test_weights_that_are_no_numbers(checkpoint: Path, tmp_path: Path) -> None:

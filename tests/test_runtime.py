@@ -268,6 +268,20 @@ def test_a_graph_that_gives_the_best_class(tmp_path: Path) -> None:
     assert probabilities[0, 2] == pytest.approx(np.e / (2 * np.e + 1))
 
 
+def test_a_probability_that_was_rounded_up(tmp_path: Path) -> None:
+    """As a softmax in half precision may: a score is 1 at most, as ``medner verify`` asks."""
+    onnx = pytest.importorskip("onnx")
+    path = answering_graph(tmp_path / "model.onnx", ("tag", "probability"))
+    model = onnx.load(path)
+    (top,) = (node for node in model.graph.node if node.output[0] == "probability")
+    top.output[0] = "below"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1.0005, np.float32), "least"))
+    model.graph.node.append(onnx.helper.make_node("Max", ["below", "least"], ["probability"]))
+    onnx.save(model, path)
+    _, probabilities = Session(path, "cpu").best(np.array([[5, 0]]), np.array([2]))
+    assert (probabilities.dtype, probabilities.tolist()) == (np.float32, [[1.0, 1.0]])
+
+
 @pytest.mark.parametrize("answers", [(), ("tag",), ("probability",)])
 def test_a_graph_that_does_not_give_the_best_class(tmp_path: Path, answers: tuple[str, ...]) -> None:
     """One of the outputs alone is not enough."""

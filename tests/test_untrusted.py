@@ -608,7 +608,13 @@ def test_info_moves_no_cursor(model: Write, capfd: pytest.CaptureFixture[str]) -
     *_, licence, scored = out.splitlines()
     assert licence == "licence   MIT\ufffd\ufffd[2J" + "x" * (200 - 10 - 3 - 5) + "..."
     assert scored == "score     a\ufffdlicence   none: F1 0.5000 (95 % interval 0.4000 to 0.6000)"
-    for wrong in ({"scores": {"test": 1}}, {"scores": [1]}, {"parity": {"variants": {"int8": {}}}}, {"parity": 3}):
+    for wrong in (
+        {"scores": {"test": 1}},
+        {"scores": [1]},
+        {"parity": {"variants": {"int8": {}}}},
+        {"parity": 3},
+        {"parity": {"data": "x", "variants": {"int8": {"agreement": 10**400}}}},
+    ):
         card(path, **({"scores": {}, "parity": {}} | wrong))
         with pytest.raises(SystemExit) as caught:
             cli.main(["info", str(path)])
