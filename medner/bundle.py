@@ -202,7 +202,7 @@ def weight_hashes(checkpoint: Path) -> dict[str, str]:
 
 def weight_files(checkpoint: Path) -> list[Path]:
     """The files of a PyTorch checkpoint that transformers takes the weights from, sorted."""
-    return sorted(checkpoint.glob("*.safetensors")) or sorted(checkpoint.glob("pytorch_model*.bin"))
+    return sorted(checkpoint.glob("model*.safetensors")) or sorted(checkpoint.glob("pytorch_model*.bin"))
 
 
 def _locate(given: str | Path) -> tuple[Path, str]:
@@ -210,10 +210,8 @@ def _locate(given: str | Path) -> tuple[Path, str]:
     would mean another model elsewhere; ``./default``, or a :class:`Path`, is the directory.
     """
     model, path = str(given), Path(given)
-    shipped = _SHIPPED / model
-    # Not Path.is_file, which raises for names that no file can have.
-    if isinstance(given, str) and "/" not in model and os.path.isfile(shipped / MANIFEST):  # noqa: PTH113
-        return shipped, model
+    if isinstance(given, str) and ships(given):
+        return _SHIPPED / model, model
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises below what may not be searched
         return path, path.name or model
     if path.exists():
@@ -221,6 +219,12 @@ def _locate(given: str | Path) -> tuple[Path, str]:
     if _HUB_NAME.fullmatch(model) and not os.path.isdir(os.path.dirname(model)):  # noqa: PTH112, PTH120
         return _from_hub(model), model
     raise ModelError(f"{model}: no such model directory; shipped with medner: {', '.join(_shipped_names()) or 'none'}")
+
+
+def ships(model: str) -> bool:
+    """Whether a model of that name ships with medner."""
+    # Not Path.is_file, which raises for names that no file can have.
+    return "/" not in model and os.path.isfile(_SHIPPED / model / MANIFEST)  # noqa: PTH113
 
 
 def reference(path: Path) -> str:

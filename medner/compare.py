@@ -205,7 +205,7 @@ def contenders_of(checkpoint: Path, bundle: bundles.Bundle, device: str) -> list
             "use --device cpu"
         )
     both = [("pytorch", precision) for precision in TORCH_PRECISIONS[kind]] + [("onnx", name) for name in variants]
-    return [Engine(*each, str(checkpoint), str(bundle.path), device) for each in both]
+    return [Engine(*each, str(checkpoint), bundles.reference(bundle.path), device) for each in both]
 
 
 def prove(

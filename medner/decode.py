@@ -18,6 +18,8 @@ _BARE = frozenset("BIESLU")
 #: What looks like a prefix or a suffix, in which schemes are written that are none of these.
 _LOOSE = re.compile(r"[BIESLU][-_:/](.+)", re.IGNORECASE)
 _SUFFIXED = re.compile(r"(.+)[-_:/][BIESLU]")
+#: What is a prefix wherever its type stands alone, too.
+_SURE = re.compile(r"[BI][-_](.+)")
 #: The type of tags that are a bare ``B`` or ``I``, as in the data sets of BioBERT.
 UNNAMED = "Entity"
 #: Classes of padding, special tokens and sub-tokens that some training scripts add; they mean what O means.
@@ -51,7 +53,10 @@ def tag_set(labels: tuple[str, ...]) -> TagSet:
     """
     if "O" not in labels:
         raise ModelError(f"no label O among {', '.join(labels[:8])}; this is not a tagging model")
-    named = {label: f"{label}-{UNNAMED}" if label in _BARE and "I" in labels else label for label in labels}
+    bare = _BARE.intersection(labels)
+    named = {
+        label: f"{label}-{UNNAMED}" if label in bare and ("I" in bare or len(bare) > 1) else label for label in labels
+    }
     tagged = [label for label in labels if label != "O"]
     if any(_TAG.fullmatch(named[label]) for label in tagged):
         tagged = [label for label in tagged if label not in _NOTHING]
@@ -76,12 +81,17 @@ def tag_set(labels: tuple[str, ...]) -> TagSet:
 def _odd_label(labels: list[str]) -> str | None:
     """Of labels that do not all have a prefix, one that shows that they are no types by themselves.
 
-    So it is with two that differ in what looks like a prefix alone, or where one has none.
+    So it is with two that differ in what looks like a prefix alone, with a type beside itself with a prefix, and with
+    several letters, or one beside a prefix, that would be prefixes alone.
     """
-    for pattern in (_LOOSE, _SUFFIXED):
+    for pattern in (_LOOSE, _SUFFIXED, _SURE):
         types = {label: match.group(1) for label in labels if (match := pattern.fullmatch(label))}
-        if len(set(types.values())) < len(types) or not set(labels).isdisjoint(types.values()):
+        beside = pattern is _SURE and not set(labels).isdisjoint(types.values())
+        if len(set(types.values())) < len(types) or beside:
             return next((label for label in labels if label not in types), labels[0])
+    bare = [label for label in labels if label in _BARE]
+    if len(bare) > 1 or (bare and any(map(_TAG.fullmatch, labels))):
+        return next((label for label in labels if label not in bare and not _TAG.fullmatch(label)), bare[0])
     return None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from medner import bundle as bundles
 from medner import datasets, score
 from medner.annotate import Annotator, Options
 from medner.datasets import Document, Span
@@ -20,7 +21,12 @@ Found = list[list[Span]]
 def open_model(model: str, options: Options | None = None) -> Annotator:
     """An annotator for a bundle, a foreign ONNX model, or a PyTorch checkpoint directory."""
     path = Path(model)
-    if holds_weights(path) and not any(path.glob("*.onnx")) and not any(path.glob("onnx/*.onnx")):
+    if (
+        not bundles.ships(model)
+        and holds_weights(path)
+        and not any(path.glob("*.onnx"))
+        and not any(path.glob("onnx/*.onnx"))
+    ):
         from medner.pytorch import torch_annotator
 
         return torch_annotator(path, options)

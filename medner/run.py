@@ -126,11 +126,9 @@ def _annotate(
     workers.wait(sink, tally, show)
     sink.check_end()
     done: dict[str, Any] = {"inputs": reader.inputs(), "counts": tally.counts()}
-    is_stream = any(each.get("source") == "-" for each in done["inputs"])  # which may go on after a full part
-    if finished is not None and (tally.parts == tally.parts_kept or not is_stream):
+    if finished is not None and tally.parts == tally.parts_kept:
         inputs = ({"inputs": each["inputs"]} for each in (finished, done))
         resume.check_description(sink.name, *inputs, finished=True)
-    if finished is not None and tally.parts == tally.parts_kept:
         resume.check_counts(sink.name, finished["counts"], done["counts"])
         if not options.quiet:
             _say(f"{sink.name} was finished already")

@@ -398,6 +398,16 @@ def test_a_bundle_that_has_nothing_for_the_device(pair: tuple[Path, Path]) -> No
 # The rules, by hand
 
 
+def test_engines_load_the_bundle_that_was_named(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the one that ships under the name of its directory."""
+    shutil.copytree(pair[1], tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    for engine in compare.contenders_of(pair[0], bundles.load("./tiny"), "cpu"):
+        assert bundles.load(engine.bundle).path == tmp_path / "tiny"
+
+
 def test_spread() -> None:
     """Items are taken evenly, the first one always, and never twice."""
     assert compare.spread(range(10), 4) == [0, 2, 5, 7]

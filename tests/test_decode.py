@@ -78,6 +78,15 @@ def test_prefixes_without_a_type(nothing: tuple[str, ...]) -> None:
     assert spans(["B", "I", "B", "O", "I"], labels) == [(0, 1, "Entity"), (2, 2, "Entity"), (4, 4, "Entity")]
     assert spans(["B", "I", "E", "S"], ("B", "I", "O", "E", "S")) == [(0, 2, "Entity"), (3, 3, "Entity")]
     assert decode.tag_set(("O", "I", "PER")).types == ("I", "PER")
+    assert decode.tag_set(("O", "B", "PER")).types == ("B", "PER")
+    assert decode.tag_set(("O", "E")).types == ("E",)
+    assert decode.tag_set(("O", "B", "E", "S")).types == ("Entity",)
+
+
+@pytest.mark.parametrize("other", ["Hepatitis-B", "s-Hepatitis", "i-Hepatitis", "Hepatitis/B"])
+def test_types_that_look_like_prefixes(other: str) -> None:
+    """One alone shows nothing."""
+    assert decode.tag_set(("O", "Hepatitis", other)).types == ("Hepatitis", other)
 
 
 @pytest.mark.parametrize("nothing", ["PAD", "[PAD]", "X", "[CLS]"])
@@ -96,7 +105,8 @@ def test_a_class_for_padding_means_o(nothing: str) -> None:
         (("O", "Disease", "I-Disease"), "Disease"),
         (("O", "b-disease", "i-disease"), "b-disease"),
         (("O", "B:Disease", "I:Disease"), "B:Disease"),
-        (("O", "Disease", "Disease-I"), "Disease"),
+        (("O", "B", "I", "MISC"), "MISC"),
+        (("O", "B", "I-Disease"), "B"),
     ],
 )
 def test_schemes_that_are_not_known(labels: tuple[str, ...], odd: str) -> None:

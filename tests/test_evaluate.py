@@ -272,6 +272,18 @@ def test_a_label_that_others_cover(tmp_path: Path, capfd: pytest.CaptureFixture[
         assert (code, overall["f1"], overall["support"]) == (0, 1.0, 3 - 2 * number)
 
 
+def test_what_ships_goes_before_a_checkpoint_of_its_name(
+    tmp_path: Path, jsonl: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for ``annotate``; with ``./`` it is the directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("default").mkdir()
+    Path("default", "model.safetensors").write_bytes(b"")
+    assert call(capfd, "evaluate", "--model", "default", "--data", jsonl)[0] == 0
+    code, _, error = call(capfd, "evaluate", "--model", "./default", "--data", jsonl)
+    assert (code, error.partition(";")[0]) == (4, "medner: default: no config.json")
+
+
 def test_a_path_that_is_no_unicode(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It is recorded as it can be printed."""
     data, scores = tmp_path / os.fsdecode(b"gold\xff.jsonl"), tmp_path / "s.json"
