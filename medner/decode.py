@@ -84,11 +84,12 @@ def _odd_label(labels: list[str]) -> str | None:
     So it is with two that differ in what looks like a prefix alone, with a type beside itself with a prefix, and with
     several letters, or one beside a prefix, that would be prefixes alone.
     """
-    for pattern in (_LOOSE, _SUFFIXED, _SURE):
+    for pattern in (_LOOSE, _SUFFIXED):
         types = {label: match.group(1) for label in labels if (match := pattern.fullmatch(label))}
-        beside = pattern is _SURE and not set(labels).isdisjoint(types.values())
-        if len(set(types.values())) < len(types) or beside:
+        if len(set(types.values())) < len(types):
             return next((label for label in labels if label not in types), labels[0])
+    if any(match.group(1) in labels for match in map(_SURE.fullmatch, labels) if match):
+        return next(label for label in labels if not _SURE.fullmatch(label))
     bare = [label for label in labels if label in _BARE]
     if len(bare) > 1 or (bare and any(map(_TAG.fullmatch, labels))):
         return next((label for label in labels if label not in bare and not _TAG.fullmatch(label)), bare[0])
