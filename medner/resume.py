@@ -61,6 +61,11 @@ def check_description(place: str, before: Mapping[str, Any], now: Mapping[str, A
         )
 
 
+def check_inputs(place: str, before: Sequence[Any], now: Sequence[Any]) -> None:
+    """Refuse other inputs than a finished run has read, as manifests list them; raises :class:`OutputError`."""
+    check_description(place, {"inputs": before}, {"inputs": now}, finished=True)
+
+
 def _check_same_files(place: str, before: Any, now: Sequence[Mapping[str, Any]]) -> None:
     """Refuse other tables than before, which names one of them."""
     if not isinstance(before, list) or not all(isinstance(each, Mapping) for each in before):

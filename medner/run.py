@@ -91,22 +91,39 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
             contextlib.closing(workers),
             _interruptible(sink),
         ):
-            return _annotate(options, description, reader, workers, sink, progress)
+            before, finished = sink.earlier()
+            if before is not None:
+                resume.check_description(sink.name, before, description, finished=finished is not None)
+            if finished is not None and not sink.has_every_part():
+                _check_inputs(sink.name, finished, found.files, options)
+            return _annotate(options, description, finished, reader, workers, sink, progress)
+
+
+def _check_inputs(
+    place: str, finished: dict[str, Any], files: Sequence[sources.InputFile], options: RunOptions
+) -> None:
+    """Refuse to write a lost part of a finished run from inputs that changed; a stream can be read once only."""
+    if any(file.size() is None for file in files):
+        return
+    if not options.quiet:
+        _say(f"{place} was finished and lost files since; reading the inputs to compare them with those of before")
+    reader = sources.Reader(files, options.read)
+    for _ in reader.batches():
+        pass
+    resume.check_inputs(place, finished["inputs"], reader.inputs())
 
 
 def _annotate(
     options: RunOptions,
     description: dict[str, Any],
+    finished: dict[str, Any] | None,
     reader: sources.Reader,
     workers: Alone | Crew,
     sink: sinks.Sink,
     progress: _Progress,
 ) -> dict[str, Any]:
-    """Do every part that is not committed, and return the manifest."""
+    """Do every part that is not committed, and return the manifest. finished: the one of a run that had ended."""
     started = time.monotonic()
-    before, finished = sink.earlier()
-    if before is not None:
-        resume.check_description(sink.name, before, description, finished=finished is not None)
     sink.start(description)
     tally = Tally()
 
@@ -127,8 +144,7 @@ def _annotate(
     sink.check_end()
     done: dict[str, Any] = {"inputs": reader.inputs(), "counts": tally.counts()}
     if finished is not None and tally.parts == tally.parts_kept:
-        inputs = ({"inputs": each["inputs"]} for each in (finished, done))
-        resume.check_description(sink.name, *inputs, finished=True)
+        resume.check_inputs(sink.name, finished["inputs"], done["inputs"])
         resume.check_counts(sink.name, finished["counts"], done["counts"])
         if not options.quiet:
             _say(f"{sink.name} was finished already")

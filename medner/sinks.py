@@ -436,6 +436,10 @@ class Sink(abc.ABC):
         """The ``notes`` rows of a part that an earlier process committed, else None."""
         return None
 
+    def has_every_part(self) -> bool:
+        """Whether every file that the earlier run's manifest names is there."""
+        return True
+
     @abc.abstractmethod
     def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:
         """Take a part's annotated batches as they come; with the last one the part is complete."""
@@ -588,6 +592,10 @@ class DirectorySink(Sink):
         self._digests |= digests
         return rows
 
+    def has_every_part(self) -> bool:
+        """As in :class:`Sink`."""
+        return self._recorded.keys() <= self._part_files()
+
     def write(self, part: int, batches: Iterable[pa.RecordBatch]) -> None:
         """Write one part in this process."""
         self.committed(self.parts.write(part, batches))
@@ -598,12 +606,15 @@ class DirectorySink(Sink):
 
     def check_end(self) -> None:
         """As in :class:`Sink`; of such a part a later ``spans`` or ``notes`` file is enough."""
-        found = (f"{folder}/{file.name}" for folder in FOLDERS for file in (self._path / folder).glob("part-*"))
-        if beyond := sorted(set(found) - self._digests.keys()):
+        if beyond := sorted(self._part_files() - self._digests.keys()):
             raise OutputError(
                 f"{self._path / beyond[0]}: lies beyond the end of the input, which was longer when it was written; "
                 "restore the input, choose another -o, or pass --overwrite"
             )
+
+    def _part_files(self) -> set[str]:
+        """Names of all files of parts that lie here, as the manifest names them."""
+        return {f"{folder}/{file.name}" for folder in FOLDERS for file in (self._path / folder).glob("part-*")}
 
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the manifest, the mark of a finished run, with every file's SHA-256."""

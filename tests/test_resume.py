@@ -516,6 +516,50 @@ def test_a_finished_run_that_lost_a_part(notes: Path, finished: Path, tmp_path: 
     assert_complete(finished, go(notes, finished, part_rows=2, resume=True), whole)
 
 
+@pytest.mark.parametrize("lost", ["spans/part-000003.parquet", "notes/part-000003.parquet", "both"])
+def test_notes_of_a_lost_part_that_changed(notes: Path, finished: Path, lost: str) -> None:
+    """A finished run's lost part is not made up from other notes, at the same size of the file; nothing is inferred."""
+    for name in ["spans/part-000003.parquet", "notes/part-000003.parquet"] if lost == "both" else [lost]:
+        (finished / name).unlink()
+    digest = json.loads((finished / "manifest.json").read_bytes())["inputs"][0]["sha256"]
+    content = notes.read_text(encoding="utf-8")
+    notes.write_text(content.replace('"text": "ok"', '"text": "OK"'), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Annotator, "stream", pytest.fail)
+        for _ in range(2):
+            said = refusal(notes, finished, part_rows=2)
+            assert said.startswith(f"{finished}: cannot go on with this run: inputs.0.sha256 was {digest}, is ")
+    notes.write_text(content, encoding="utf-8")
+    assert go(notes, finished, part_rows=2, resume=True)["counts"]["parts_kept"] == 3
+
+
+def test_texts_of_a_lost_part_that_changed(tmp_path: Path) -> None:
+    """Of text files the common hash differs; behind a limit nothing is read, and nothing refused."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (folder / name).write_text("fever")
+    options: dict[str, Any] = {"read": ReadOptions(limit=2), "part_rows": 1}
+    go(folder, out, **options)
+    whole = contents(out)
+    (out / "notes/part-000001.parquet").unlink()
+    (folder / "c.txt").write_text("cough")
+    (folder / "b.txt").write_text("ulcer")
+    assert "inputs.0.sha256 was" in refusal(folder, out, **options)
+    (folder / "b.txt").write_text("fever")
+    go(folder, out, resume=True, **options)
+    assert contents(out) == whole
+
+
+def test_standard_input_of_a_run_that_lost_a_part(tmp_path: Path) -> None:
+    """It can be read once only, so its lost parts are written from what it gives now."""
+    out, given = tmp_path / "out", "\n".join(LINES).encode()
+    go(("-",), out, given, part_rows=2)
+    whole = Path(shutil.copytree(out, tmp_path / "whole"))
+    (out / "notes/part-000002.parquet").unlink()
+    assert_complete(out, go(("-",), out, given, part_rows=2, resume=True), whole)
+
+
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
 def test_what_may_change(tmp_path: Path, notes: Path, state: str, request: pytest.FixtureRequest) -> None:
     """Where inputs, output and model lie, how work is spread, and what is judged or said at the end."""
