@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medner import sources, windows
-from medner.decode import UNNAMED
+from medner.decode import UNNAMED, odd_label
 from medner.errors import InputError, MissingPackage, install
 
 Span = tuple[int, int, str]
@@ -37,6 +37,8 @@ _TITLE_OR_ABSTRACT = re.compile(r"([^|\t]+)\|([ta])\|(.*)", re.DOTALL)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SINGLE = frozenset("ESLU")
 _PREFIXES = frozenset("BIESLU")
+#: What stands last in a relation of BioRED.
+_NOVELTY = (["Novel"], ["No"])
 #: Of a text that memory holds.
 _OFFSET = re.compile(r"\d{1,15}")
 _INSIDE = re.compile("[A-Za-z0-9]{2}")
@@ -186,6 +188,17 @@ def _parse_tag(tag: str) -> tuple[str, str]:
     return "I", tag
 
 
+def _has_prefix(tag: str) -> bool:
+    return tag in _PREFIXES or _parse_tag(tag)[1] != tag
+
+
+def _check_scheme(place: str, tags: Iterable[str]) -> None:
+    """Refuse tags such as ``b-Disease`` or ``Disease-B``, whose every mention would be cut in two types."""
+    inside = sorted({tag for tag in tags if tag not in ("O", "")})
+    if not all(map(_has_prefix, inside)) and (odd := odd_label(inside)):
+        raise InputError(f"{place}: the tag {odd} is of no scheme that is known (IO, IOB1, IOB2, BIOES, BILOU)")
+
+
 def _rename(documents: Iterable[Document], rename: Callable[[str], str]) -> list[Document]:
     def renamed(spans: Iterable[Span]) -> tuple[Span, ...]:
         return tuple(sorted((a, b, new) for a, b, label in spans if (new := rename(label)) != "O"))
@@ -246,6 +259,8 @@ def _only(found: Sequence[Path], directory: Path, split: str) -> Path:
 
 
 def _read(path: Path) -> list[Document]:
+    if path.suffix.lower() == ".parquet":
+        raise InputError(f"{path}: of Parquet files name the directory, with a file for each split in it")
     with sources.opened(path) as file:
         content = file.read()
     try:
@@ -269,6 +284,7 @@ def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
     tokens: list[str] = []
     tags: list[str] = []
     styles: set[bool] = set()
+    seen: set[str] = set()
     count, outside = 0, False
     for number, line in enumerate([*lines, ""], start=1):
         if line.strip() and not line.startswith("-DOCSTART-"):
@@ -281,7 +297,8 @@ def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
             if tags[-1] == "O":
                 outside = True
             else:
-                styles.add(tags[-1] in _PREFIXES or _parse_tag(tags[-1])[1] != tags[-1])
+                styles.add(_has_prefix(tags[-1]))
+                seen.add(tags[-1])
             if len(styles) > 1:
                 raise InputError(f"{path}:{number}: some tags have a prefix such as B- or I-, this one differs")
             if len(tags[-1].split()) > 1:
@@ -294,6 +311,7 @@ def _read_conll(path: Path, lines: Sequence[str]) -> Iterator[Document]:
             f"{path}: no line ends in the tag O or one such as B-Disease, so this is no CoNLL file; give notes without "
             "labels as .jsonl, .csv or .parquet"
         )
+    _check_scheme(str(path), seen)
 
 
 def _read_pubtator(path: Path, lines: Sequence[str]) -> list[Document]:
@@ -322,8 +340,8 @@ def _read_pubtator(path: Path, lines: Sequence[str]) -> list[Document]:
                 documents[current] = replace(documents[current], text=f"{documents[current].text} {head[3]}")
         elif line.strip():
             fields = line.split("\t")
-            if len(fields) == 4 and fields[0] == current and not fields[1].isdecimal():
-                continue  # a relation between concepts, as in BC5CDR
+            if fields[0] == current and not fields[1].isdecimal() and (len(fields) == 4 or fields[4:] in _NOVELTY):
+                continue  # a relation between concepts, as in BC5CDR and BioRED
             if len(fields) < 5 or fields[0] != current or not all(map(_OFFSET.fullmatch, fields[1:3])):
                 raise InputError(f"{path}:{number}: expected PMID, start, end, text and type, between them tabs")
             start, end = int(fields[1]), int(fields[2])
@@ -398,13 +416,21 @@ def _load_hub(name: str, split: str) -> Iterator[Document]:
     if not {"tokens", "ner_tags"} <= set(columns):
         raise InputError(f"{name}: expected the columns tokens and ner_tags; it has {', '.join(columns) or 'none'}")
     names = getattr(getattr(rows.features["ner_tags"], "feature", None), "names", None)
+    seen: set[str] = set()
     for index, row in enumerate(_readable(rows, name)):
         tokens, tags = row["tokens"], row["ner_tags"]
+        if not (
+            isinstance(tokens, list) and isinstance(tags, list) and all(isinstance(token, str) for token in tokens)
+        ):
+            raise InputError(f"{name}: row {index} of {found} has no list of words in tokens, or no list in ner_tags")
         if len(tokens) != len(tags):
             raise InputError(f"{name}: row {index} of {found} has {len(tokens)} tokens and {len(tags)} tags")
         # The hub copy of the NCBI Disease corpus ends each split with an empty row.
         if tokens:
-            yield of_tokens(f"{found}-{index}", tokens, [_tag_name(tag, names, name) for tag in tags])
+            tags = [_tag_name(tag, names, f"{name}: row {index} of {found}") for tag in tags]
+            seen.update(tags)
+            yield of_tokens(f"{found}-{index}", tokens, tags)
+    _check_scheme(name, seen)
 
 
 def _readable(rows: Iterable[Any], name: str) -> Iterator[Any]:
@@ -439,9 +465,11 @@ def _fetch(load_dataset: Callable[..., Any], name: str) -> Any:
         ) from error
 
 
-def _tag_name(tag: object, names: Sequence[str] | None, name: str) -> str:
+def _tag_name(tag: object, names: Sequence[str] | None, place: str) -> str:
     if isinstance(tag, str):
         return tag
-    if names is None or not isinstance(tag, int) or not 0 <= tag < len(names):
-        raise InputError(f"{name}: ner_tags are numbers without names; a ClassLabel feature is needed")
+    if not isinstance(tag, int):
+        raise InputError(f"{place} has a tag that is neither text nor a number")
+    if names is None or not 0 <= tag < len(names):
+        raise InputError(f"{place}: ner_tags are numbers without names; a ClassLabel feature is needed")
     return names[tag]

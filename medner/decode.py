@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,7 @@ def tag_set(labels: tuple[str, ...]) -> TagSet:
     if any(_TAG.fullmatch(named[label]) for label in tagged):
         tagged = [label for label in tagged if label not in _NOTHING]
     prefixed = all(_TAG.fullmatch(named[label]) for label in tagged)
-    if not prefixed and (odd := _odd_label(tagged)):
+    if not prefixed and (odd := odd_label(tagged)):
         raise ModelError(
             f"the label {odd} is of no scheme that is known (IO, IOB1, IOB2, BIOES, BILOU): rename the labels in "
             "config.json"
@@ -78,7 +79,7 @@ def tag_set(labels: tuple[str, ...]) -> TagSet:
     )
 
 
-def _odd_label(labels: list[str]) -> str | None:
+def odd_label(labels: Sequence[str]) -> str | None:
     """Of labels that do not all have a prefix, one that shows that they are no types by themselves.
 
     So it is with two that differ in what looks like a prefix alone, with a type beside itself with a prefix, and with

@@ -14,6 +14,7 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -68,6 +69,8 @@ _SHOWN_NAMES, _SHOWN_TYPE = 20, 100
 _VIEWED = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MARK = "medner.mark"
+
+_log = logging.getLogger(__name__)
 
 # Undecodable bytes become a lone surrogate, which no text that can be encoded holds. Unlike `surrogateescape` this
 # works for every codec, UTF-16 included.
@@ -509,13 +512,14 @@ def texts(given: str) -> Iterator[str]:
     # Not Path.expanduser, which raises where there is no such user.
     if not os.path.exists(os.path.expanduser(given)) and ":" in given:  # noqa: PTH110, PTH111
         name, _, column = given.rpartition(":")
-    empty = True
+    empty, rows, rejected = True, 0, 0
     try:
         reader = Reader(
             discover([os.path.expanduser(name)]).files,  # noqa: PTH111
             ReadOptions(text_column=column),
         )
         for batch in reader.batches():
+            rows, rejected = rows + batch.num_rows, rejected + batch.num_rows - batch.column("reason").null_count
             for text in filter(None, batch.column("text").to_pylist()):
                 empty = False
                 yield text
@@ -523,6 +527,8 @@ def texts(given: str) -> Iterator[str]:
         raise InputError(str(exc).replace("name another with --text-column", "name another as FILE:COLUMN")) from exc
     if empty:
         raise InputError(f"{given}: holds no text")
+    if rejected:
+        _log.warning("%s: %d of %d rows have no text that can be read and are left out", given, rejected, rows)
 
 
 @contextmanager

@@ -443,7 +443,7 @@ def _prepare(
         ]
         for split in ("train", "devel")
     }
-    shares = [1 - options.teacher_weight] * len(data["train"])
+    shares = [1 - options.teacher_weight if options.teachers else 1.0] * len(data["train"])
     for share, documents in (
         (1.0, [document for name in options.silver for document in datasets.load(name, "train", options.labels)]),
         (0.0, [Document(given, text, ()) for given in options.unlabelled for text in sources.texts(given)]),
@@ -592,6 +592,7 @@ def _claim(
         "precision": precision,
         "versions": _versions(),
         **{f"sha256 of {split}": _digest(documents) for split, documents in data.items()},
+        "sha256 of the base": _digest_of_files(_expanded(options.base)),
         "sha256 of the tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         **{f"sha256 of {teacher}": _digest_of_files(_expanded(teacher)) for teacher in options.teachers},
     }
@@ -686,6 +687,17 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self._smoothing = smoothing
         self._layer_decay = layer_decay
 
+    def _sorted_checkpoints(self, output_dir: Any = None, checkpoint_prefix: str = "checkpoint", **_: Any) -> Any:
+        """From the first epoch's to the last's; by the times of files, which copies may not keep, the Trainer would."""
+        return super()._sorted_checkpoints(output_dir, checkpoint_prefix, use_mtime=False)
+
+    def _load_best_model(self) -> None:
+        """Load the best epoch's weights; the Trainer only warns where they are gone, and leaves those of the last."""
+        best = Path(self.state.best_model_checkpoint)
+        if not _is_whole(best):
+            raise OutputError(f"{best}: the best epoch's weights are gone; restore them, or name a new directory")
+        super()._load_best_model()
+
     def create_optimizer(self) -> Any:
         """The Trainer's own optimizer, with a learning rate for each layer where that is asked for."""
         if self._layer_decay < 1:
@@ -734,6 +746,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
 
 _LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
+#: Names of embeddings that do not say so: those of GPT-2 and T5.
+_EMBEDDINGS = re.compile(r"embed|\.wte\.|\.wpe\.|\.shared\.")
 
 
 def layer_groups(
@@ -742,19 +756,31 @@ def layer_groups(
     """Groups of an optimizer's parameters, with a learning rate for each layer; weight decay for those in ``decayed``.
 
     What stands above the layers (the head) has ``lr``, the last layer ``lr * layer_decay`` and so on down to the
-    embeddings, which stand below the first.
+    embeddings, which stand below the first. Raises :class:`UsageError` where no parameter's name tells its layer.
     """
     named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     numbers = {name: int(match.group(1)) for name, _ in named if (match := _LAYER.search(name))}
-    n_layers = 1 + max(numbers.values(), default=-1)
+    if not numbers:
+        raise UsageError(f"layer_decay {layer_decay}: the model's parameters do not tell their layers; leave it out")
+    n_layers = 1 + max(numbers.values())
     groups: dict[tuple[int, bool], list[Any]] = {}
     for name, parameter in named:
-        below = n_layers + 1 if "embed" in name else n_layers - numbers[name] if name in numbers else 0
+        # A layer may have embeddings of its own.
+        below = n_layers - numbers[name] if name in numbers else n_layers + 1 if _EMBEDDINGS.search(name) else 0
         groups.setdefault((below, name in decayed), []).append(parameter)
     return [
         {"params": members, "lr": lr * layer_decay**below, "weight_decay": weight_decay if decays else 0.0}
         for (below, decays), members in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+class _BestIsHere(TrainerCallback):  # type: ignore[misc]
+    """Finds the best epoch of a training that goes on where the others are: its state has the path of before."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Name it by its step, in the directory of now."""
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
 
 class _EpochLines(TrainerCallback):  # type: ignore[misc]
@@ -823,7 +849,7 @@ def _trainer(
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
-        save_total_limit=1 if options.average == 1 else options.average + 1,  # the best one stays, too
+        save_total_limit=options.average + 1,  # the best one stays, too
         load_best_model_at_end=True,
         metric_for_best_model="f1",
         greater_is_better=True,
@@ -847,6 +873,7 @@ def _trainer(
         layer_decay=options.layer_decay,
     )
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_BestIsHere())
     trainer.add_callback(_EpochLines())
     if sys.stderr.isatty():
         trainer.add_callback(_Bar())
@@ -1104,6 +1131,8 @@ def _metrics(
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     draft = path.with_name(path.name + ".tmp")
+    # JSON has no NaN, which is the loss of a batch without a labelled token.
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     # A path in it may be no valid Unicode.
     draft.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -8,8 +8,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from medner import windows
@@ -107,7 +109,7 @@ def test_ambiguous_and_missing_splits(tmp_path: Path) -> None:
 
 PUBTATOR = (
     "1|t|Knee pain\n1|a|A 𝛼-gout case|x. \n1\t0\t9\tKnee pain\tSign\tD1\n1\t12\t18\t𝛼-gout\tDisease\n"
-    "1\t14\t18\tgout\tDisease\n1\t0\t3\tpain\tSign\n1\tCID\tD1\tD2\n\n"
+    "1\t14\t18\tgout\tDisease\n1\t0\t3\tpain\tSign\n1\tCID\tD1\tD2\n1\tAssociation\tD1\t7\tNovel\n1\tCause\tD1\tD2\tNo\n\n"
     "2|t|Only a title\n\n1|t|Again\n1|a|Again\n1\t0\t5\tAgain\tSign\n\n3|t|Gout\n3|a|\n3\t0\t4\tGout\tDisease\t-1\n"
 )
 
@@ -125,7 +127,7 @@ def test_pubtator(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         Document("3", "Gout ", ((0, 4, "Disease"),)),
     ]
     assert caplog.messages == [
-        f"{path}:11: this document stood there before; the first one counts",
+        f"{path}:13: this document stood there before; the first one counts",
         f"{path}:1: 1 annotations dropped, their text is not at their offsets",
         f"{path}: 1 spans that overlap a longer one were dropped",
     ]
@@ -244,7 +246,23 @@ def test_jsonl(tmp_path: Path) -> None:
             f"1|t|Gout\n1\t0\t{'4' * 5000}\tGout\tDisease\tD1\n",
             ":2: expected PMID, start, end, text and type, between them tabs",
         ),
+        (
+            "x.txt",
+            "1|t|Gout\n1\tO\t4\tGout\tDisease\n",
+            ":2: expected PMID, start, end, text and type, between them tabs",
+        ),
         ("x.tsv", "\n\n", ": the train split holds no document"),
+        (
+            "x.tsv",
+            "the\tO\nflu\tb-dis\nbad\ti-dis\n",
+            ": the tag b-dis is of no scheme that is known (IO, IOB1, IOB2, BIOES, BILOU)",
+        ),
+        (
+            "x.tsv",
+            "the\tO\nflu\tDIS-B\nbad\tDIS-I\n",
+            ": the tag DIS-B is of no scheme that is known (IO, IOB1, IOB2, BIOES, BILOU)",
+        ),
+        ("x.parquet", "", ": of Parquet files name the directory, with a file for each split in it"),
         ("x.tsv", "n1\tO\nn2\tMrs. Secret\n", ":2: the last column holds several words; expected a token and a tag"),
         (
             "x.txt",
@@ -382,6 +400,29 @@ def test_a_directory_of_parquet_files_is_read_with_its_class_names(
     ]
     with pytest.raises(InputError, match="no test split; it has train, validation"):
         load(str(home), "test")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"tokens": [["a"], None], "ner_tags": [["O"], ["O"]]}, "row 1 of train has no list of words in tokens, or"),
+        ({"tokens": [["a", None]], "ner_tags": [["O", "O"]]}, "row 0 of train has no list of words in tokens, or"),
+        ({"tokens": [[7]], "ner_tags": [["O"]]}, "row 0 of train has no list of words in tokens, or"),
+        ({"tokens": ["ab"], "ner_tags": ["OO"]}, "row 0 of train has no list of words in tokens, or"),
+        ({"tokens": [["a"]], "ner_tags": [None]}, "row 0 of train has no list of words in tokens, or"),
+        ({"tokens": [["a", "b"]], "ner_tags": [["O", None]]}, "row 0 of train has a tag that is neither text nor"),
+        ({"tokens": [["a"]], "ner_tags": [[1]]}, "row 0 of train: ner_tags are numbers without names"),
+        ({"tokens": [["a", "b"]], "ner_tags": [["B-X", "X"]]}, "the tag X is of no scheme that is known"),
+    ],
+)
+def test_rows_that_are_no_tagged_sentences(tmp_path: Path, rows: dict[str, list[Any]], message: str) -> None:
+    """Nulls and values of another kind are told with their row."""
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "set" / "train.parquet")
+    with pytest.raises(InputError) as error:
+        load(str(tmp_path / "set"), "train")
+    assert str(error.value).startswith(f"{tmp_path / 'set'}: {message}")
 
 
 class FakeRows(list[dict[str, list[object]]]):

@@ -1322,6 +1322,14 @@ def test_texts_of_a_file_and_a_column(tmp_path: Path) -> None:
     assert list(sources.texts(f"{table}:report")) == ["asthma", "gout"]
 
 
+def test_texts_that_cannot_be_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They are left out, which is told; empty ones are no loss."""
+    table = tmp_path / "notes.csv"
+    table.write_bytes(b'text\nfever\n\xe4rger\n""\n')
+    assert list(sources.texts(str(table))) == ["fever"]
+    assert caplog.messages == [f"{table}: 1 of 3 rows have no text that can be read and are left out"]
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [

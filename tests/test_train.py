@@ -29,9 +29,6 @@ from medner.score import evaluate, tags_of  # noqa: E402
 from medner.train import IGNORED, TrainOptions, class_weights, encode, inspect, resolve_precision, train  # noqa: E402
 from medner.windows import WordTokenizer  # noqa: E402
 
-# The Trainer distrusts file times where two epochs end within a second, as these tiny ones do.
-pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable on this filesystem:UserWarning")
-
 PIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] the patient has no gout ##y x - linked ' s pain knee ankle left right . , ( )"
 TAGS = ["O", "B-Problem", "I-Problem", "B-Site", "I-Site"]
 
@@ -243,6 +240,46 @@ def test_a_resumed_training_ends_as_one_that_was_not_cut_off(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_training_that_was_moved(options: TrainOptions, tmp_path: Path) -> None:
+    """It ends with the weights of its best epoch, an earlier one here; and nothing is trained twice."""
+    given = replace(options, output=tmp_path / "begun", epochs=4, lr=5e-2, resume=True)
+    first = train(given)
+    assert first.best.epoch < 4
+    expected = weights_of(first.output)
+    begun = [path.name for path in (first.output / "checkpoints").iterdir()]
+    moved = replace(given, output=first.output.rename(tmp_path / "moved"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._EpochLines, "on_epoch_begin", lambda *_, **__: pytest.fail("trained again"))
+        assert train(moved).best == first.best
+        found = weights_of(moved.output)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert [path.name for path in (moved.output / "checkpoints").iterdir()] == begun
+        best = moved.output / "checkpoints" / f"checkpoint-{first.best.epoch * 12}"
+        shutil.rmtree(best)
+        with pytest.raises(OutputError) as error:
+            train(moved)
+    assert str(error.value) == f"{best}: the best epoch's weights are gone; restore them, or name a new directory"
+
+
+def test_a_training_that_was_copied_without_its_times(options: TrainOptions, tmp_path: Path) -> None:
+    """The mean is over the last epochs, whatever the times of their files say."""
+    given = replace(options, output=tmp_path / "out", epochs=5, average=2, resume=True)
+
+    def interrupt(self: object, args: object, state: Any, control: object, **kwargs: object) -> None:
+        if state.epoch >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._EpochLines, "on_epoch_begin", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(given)
+    for time, path in enumerate(sorted((given.output / "checkpoints").glob("checkpoint-*"), reverse=True)):
+        os.utime(path, (10**9 + 100 * time, 10**9 + 100 * time))
+    train(given)
+    names = {path.name for path in (given.output / "checkpoints").glob("checkpoint-*")}
+    assert {"checkpoint-48", "checkpoint-60"} <= names
+
+
 def test_another_training_is_not_overwritten(result: training.TrainResult, options: TrainOptions) -> None:
     """A directory that is in use is refused; resuming with other options names the first that differs."""
     with pytest.raises(OutputError) as error:
@@ -285,6 +322,24 @@ def test_a_training_is_resumed_with_its_own_teachers(
     shutil.copy(Path(options.base) / "model.safetensors", teacher)
     with pytest.raises(OutputError, match=rf": sha256 of {teacher} was \w{{64}} and is now \w{{64}}; resume with"):
         train(replace(first, resume=True))
+
+
+def test_a_training_is_resumed_from_its_own_base(
+    result: training.TrainResult, options: TrainOptions, tmp_path: Path
+) -> None:
+    """A base that changed under its name makes another training."""
+    base = shutil.copytree(options.base, tmp_path / "base")
+    first = replace(options, base=str(base), output=tmp_path / "out", epochs=1, max_documents=8)
+    train(first)
+    shutil.copy(result.output / "model.safetensors", base)
+    with pytest.raises(OutputError, match=r": sha256 of the base was \w{64} and is now \w{64}; resume with"):
+        train(replace(first, resume=True))
+
+
+def test_figures_that_are_no_numbers(tmp_path: Path) -> None:
+    """JSON has none; they are null."""
+    training._write_json(tmp_path / "metrics.json", {"loss": float("nan"), "f1": 0.5, "text": "NaN"})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"loss": None, "f1": 0.5, "text": "NaN"}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -403,6 +458,33 @@ def test_learning_rates_by_layer(base: Path) -> None:
         assert rates[id(named[name])] == expected, name
 
 
+@pytest.mark.parametrize(
+    ("names", "rates"),
+    [
+        (["transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.ln.bias", "head.bias"], [1, 1, 2, 4]),
+        (["transformer.shared.weight", "transformer.encoder.block.0.layer.0.k.weight", "head.bias"], [1, 2, 4]),
+        (
+            ["model.word_embedding.weight", "model.layer.0.seg_embed", "model.layer.1.seg_embed", "head.bias"],
+            [1, 2, 4, 8],
+        ),
+    ],
+)
+def test_layers_of_other_architectures(names: list[str], rates: list[int]) -> None:
+    """GPT-2, T5 and XLNet: embeddings stand below the first layer, unless a layer has them of its own."""
+    parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
+    groups = training.layer_groups(parameters.items(), set(), 8.0, 0.5, 0.01)
+    found = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert [found[id(parameter)] for parameter in parameters.values()] == [8 * rate / max(rates) for rate in rates]
+
+
+def test_layers_that_are_not_told() -> None:
+    """Where no name holds a layer's number, all would learn alike."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(UsageError) as error:
+        training.layer_groups([("transformer.attentions.0.q_lin.weight", parameter)], set(), 1.0, 0.9, 0.01)
+    assert str(error.value) == "layer_decay 0.9: the model's parameters do not tell their layers; leave it out"
+
+
 def test_options_that_change_the_training(result: training.TrainResult, options: TrainOptions, tmp_path: Path) -> None:
     """Each changes what is learnt, is recorded, and the training still learns."""
     weights = weights_of(result.output)
@@ -461,6 +543,8 @@ def test_what_labels_count_for(options: TrainOptions, tmp_path: Path) -> None:
     data, shares, *_ = training._prepare(given)
     assert shares == [0.25] * 48 + [1.0] + [0.0] * 2
     assert [document.text for document in data["train"][48:]] == ["no gout.", "left knee.", "no gouty pain."]
+    _, alone, *_ = training._prepare(replace(given, teachers=(), unlabelled=()))
+    assert alone == [1.0] * 49
     with pytest.raises(UsageError) as error:
         replace(given, teachers=())
     assert str(error.value) == f"unlabelled {notes}: text without labels needs a teacher"
