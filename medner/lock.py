@@ -105,7 +105,10 @@ class _Seen:
 
     def __str__(self) -> str:
         holder = self.holder
-        return "another process" if holder is None else f"process {holder.process} on {holder.host}"
+        if holder is None:
+            return "another process"
+        host = str(holder.host)
+        return f"process {holder.process} on {host if host.isprintable() else ascii(host)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,8 @@ class Lock:
         while not self._create(path):
             seen = _look(path)
             if seen is None:
+                if path.is_symlink():
+                    raise OutputError(f"{path}: a link to nothing; remove it")
                 continue  # it was given back this moment
             lives = None if seen.holder is None else seen.holder.lives(self._me)
             if lives is None and first is not None and seen != first:

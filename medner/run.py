@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from importlib.metadata import version
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -149,8 +149,21 @@ def _annotate(
         if not options.quiet:
             _say(f"{sink.name} was finished already")
         return finished | {"options": description["options"]}
+    if (inputs := _as_read(description["inputs"], done["inputs"])) != description["inputs"]:
+        description = description | {"inputs": inputs}
+        sink.start(description)
     seconds = round(time.monotonic() - started, 3)
     return sink.finish({**description, **done, "seconds": seconds, "stages": tally.stages.rounded()})
+
+
+def _as_read(listed: Sequence[dict[str, Any]], read: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sizes as they were listed before the run; of files that grew or shrank before their turn, what was read."""
+    return [
+        before | {"bytes": after["bytes"]}
+        if None not in (before["bytes"], after["bytes"]) and before.get("text_files") == after.get("text_files")
+        else before
+        for before, after in zip_longest(listed, read, fillvalue={"bytes": None})
+    ]
 
 
 def _workers(options: RunOptions) -> Alone | Crew:

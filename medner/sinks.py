@@ -30,6 +30,7 @@ from medner import schema
 from medner.errors import InputError, OutputError
 from medner.lock import NAME as LOCK
 from medner.lock import Claim, Lock
+from medner.sources import printable
 
 Ints = npt.NDArray[np.int64]
 
@@ -188,7 +189,7 @@ def _cast(column: pa.ChunkedArray, printed: pa.DataType) -> pa.ChunkedArray:
     try:
         return column.cast(printed)
     except pa.ArrowInvalid:
-        return column.cast(_with_leaves(column.type, _in_utc)).cast(printed)
+        return column.cast(with_leaves(column.type, _in_utc)).cast(printed)
 
 
 def _in_utc(kind: pa.DataType) -> pa.DataType:
@@ -197,25 +198,25 @@ def _in_utc(kind: pa.DataType) -> pa.DataType:
 
 def _printed(kind: pa.DataType) -> pa.DataType:
     """A type with strings in the place of what neither JSON nor Python holds exactly, such as nanoseconds."""
-    return _with_leaves(
+    return with_leaves(
         kind, lambda leaf: pa.string() if pa.types.is_temporal(leaf) or pa.types.is_decimal(leaf) else leaf
     )
 
 
-def _with_leaves(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+def with_leaves(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
     """A type with others in the place of those that hold values; of dictionaries, their values'."""
     if pa.types.is_dictionary(kind):
-        return _with_leaves(kind.value_type, change)
+        return with_leaves(kind.value_type, change)
     if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_with_leaves(field.type, change)) for field in kind])
+        return pa.struct([field.with_type(with_leaves(field.type, change)) for field in kind])
     if pa.types.is_map(kind):
-        return pa.map_(_with_leaves(kind.key_type, change), _with_leaves(kind.item_type, change))
+        return pa.map_(with_leaves(kind.key_type, change), with_leaves(kind.item_type, change))
     if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_with_leaves(kind.value_type, change)))
+        return pa.list_(kind.value_field.with_type(with_leaves(kind.value_type, change)))
     if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_with_leaves(kind.value_type, change)))
+        return pa.large_list(kind.value_field.with_type(with_leaves(kind.value_type, change)))
     if pa.types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_with_leaves(kind.value_type, change)), kind.list_size)
+        return pa.list_(kind.value_field.with_type(with_leaves(kind.value_type, change)), kind.list_size)
     return change(kind)
 
 
@@ -290,6 +291,10 @@ class _Draft:
         os.fchmod(self.file.fileno(), 0o666 & ~_umask())
         os.fsync(self.file.fileno())
         self.file.close()
+
+    def sha256(self) -> str:
+        """Of the closed file, which nobody else has under its name yet."""
+        return _sha256(self._temporary)
 
     def commit(self) -> None:
         """Give the closed file its name."""
@@ -720,7 +725,7 @@ class FileSink(Sink):
         # Files of other suffixes have the same manifest: theirs stays.
         with _translated(self._manifest):
             files = (_read_json(self._manifest) or {}).get("files")
-        if isinstance(files, dict) and files.keys() != {target.name for target in targets}:
+        if isinstance(files, dict) and files.keys() != {printable(target.name) for target in targets}:
             owner = min(files, key=len, default="another program")
             raise OutputError(f"{self._manifest}: belongs to {owner}; choose another -o, or remove it")
 
@@ -740,9 +745,11 @@ class FileSink(Sink):
             # Again: another run may have finished in the meantime.
             self._check_free([draft.path for draft in self._drafts], overwrite=self._overwrite)
             self._manifest.unlink(missing_ok=True)
+            # Before they have their names, under which another run may put its own.
+            files = {printable(draft.path.name): draft.sha256() for draft in self._drafts}
             for draft in self._drafts:
                 draft.commit()
-        manifest = manifest | {"files": {draft.path.name: _sha256(draft.path) for draft in self._drafts}}
+        manifest = manifest | {"files": files}
         write_json(self._manifest, manifest)
         return manifest
 

@@ -459,7 +459,7 @@ class Reader:
             names = [self._options.text_column, *([id_column] if id_column is not None else []), *self._options.keep]
             columns = list(dict.fromkeys(names))  # the text itself can be kept, too
             rows = 0
-            for batch in parquet.iter_batches(_batch_rows(parquet.metadata), columns=columns, use_threads=False):
+            for batch in parquet.iter_batches(batch_rows(parquet.metadata), columns=columns, use_threads=False):
                 chunk = batch if self._left is None else batch.slice(0, self._left)
                 yield from self._parquet_chunk(file, rows, chunk, id_column)
                 rows += chunk.num_rows
@@ -1112,7 +1112,7 @@ def _check_parquet(file: InputFile, arrow: pa.Schema, options: ReadOptions) -> s
     return id_column
 
 
-def _batch_rows(metadata: pq.FileMetaData) -> int:
+def batch_rows(metadata: pq.FileMetaData) -> int:
     """Rows to decode at once: fewer where the rows of a group are large, since a batch is in memory as a whole."""
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=1)

@@ -1,8 +1,8 @@
 """Is the output of a finished run whole and right? Both tables are read again, against the manifest and the notes.
 
-The output is read a thousand notes at a time, whatever its size. What a part says is checked before its hash, so that
-the first contradiction is the most telling one. A message names a file and the 0-based row in it, and no value of a
-table: sources may be ids, and a label that was tampered with may be anything.
+The output is read a thousand notes at a time, fewer where they have many spans, whatever its size. What a part says is
+checked before its hash, so that the first contradiction is the most telling one. A message names a file and the 0-based
+row in it, and no value of a table: sources may be ids, and a label that was tampered with may be anything.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -35,6 +36,8 @@ Bools = npt.NDArray[np.bool_]
 
 #: Rows of a table that are held at a time, of ``notes`` with their spans; with kept columns, whose values may be long.
 _ROWS, _KEPT_ROWS = 1_000, 50
+#: Spans of notes that are checked together, unless one has more; bytes of lines that are parsed together, likewise.
+_SPANS, _BYTES = 50_000, 2**22
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _REASONS = pa.array(list(map(str, sources.Reason)), pa.string())
 _NO_TEXT = schema.text_sha256("")
@@ -101,13 +104,15 @@ class _Run:
     """A finished run.
 
     path: of its manifest; parts: the files of spans and of notes, a pair for each part, one pair for a single file;
-    part_rows: None for a single file, where the ends of parts are not to be seen.
+    part_rows: None for a single file, where the ends of parts are not to be seen. listed: the inputs of its
+    ``run.json``, which a single file has not.
     """
 
     path: Path
     manifest: dict[str, Any]
     parts: tuple[tuple[Path, Path], ...]
     part_rows: int | None
+    listed: list[dict[str, Any]]
 
 
 #: What each row of ``notes`` counts, as ``n_chars`` and so on.
@@ -115,13 +120,21 @@ _COUNTED = ("chars", "tokens", "unknown", "windows", "spans")
 _SUMS = ("rows", "annotated", "rejected", *_COUNTED)
 _COUNTS = (*_SUMS, "parts", "parts_kept", "rows_kept", "windows_inferred", "windows_reused", "windows_kept")
 _TEXT, _NUMBER = (str,), (int,)
+_DIGEST = re.compile("[0-9a-f]{64}")
 _ABSENT = object()
 
-#: The values that a manifest must have, with the types that each may have. Numbers without a point are not negative.
+#: The values that a manifest must have, with the types that each may have. Numbers without a point are neither negative
+#: nor beyond 63 bits.
 _DESCRIPTION = {
     "medner": _TEXT,
-    "versions": {},
-    "model": {"labels": [_TEXT], "window": _NUMBER, "files": {}},
+    "versions": dict.fromkeys(("onnxruntime", "tokenizers", "sentencex", "pyarrow", "numpy", "python"), _TEXT),
+    "model": {
+        **dict.fromkeys(("name", "precision", "device", "provider", "instruction_set"), _TEXT),
+        "labels": [_TEXT],
+        "window": _NUMBER,
+        "packed": (bool,),
+        "files": {},
+    },
     "options": {
         "format": _TEXT,
         "text": (bool,),
@@ -143,7 +156,7 @@ _DESCRIPTION = {
     },
     "inputs": [{}],
 }
-_MANIFEST = _DESCRIPTION | {"counts": dict.fromkeys(_COUNTS, _NUMBER), "files": {}}
+_MANIFEST = _DESCRIPTION | {"counts": dict.fromkeys(_COUNTS, _NUMBER), "files": {}, "seconds": (float,)}
 _TABLE_INPUT = {"source": _TEXT, "bytes": (int, type(None)), "sha256": (str, type(None)), "rows": _NUMBER}
 _TEXT_INPUT = {"text_files": _NUMBER, "bytes": _NUMBER, "sha256": _TEXT}
 
@@ -165,25 +178,26 @@ def _open(path: Path) -> _Run:
     manifest = _load(manifest_path, _MANIFEST)
     _check_manifest(manifest_path, manifest, manifest["counts"]["parts"] if is_directory else 1)
     form = manifest["options"]["format"]
+    listed: list[dict[str, Any]] = []
     if is_directory:
-        _check_description(path / sinks.RUN, manifest)
+        listed = _check_description(path / sinks.RUN, manifest)
         parts = _parts(path, form, manifest["counts"]["parts"])
     elif form != sinks.file_format(path):
         raise _wrong(manifest_path, f"options.format is not {sinks.file_format(path)}, the format of {path}")
     else:
         parts = ((path, sinks.paths(path)[1]),)
-    run = _Run(manifest_path, manifest, parts, manifest["options"]["part_rows"] if is_directory else None)
+    run = _Run(manifest_path, manifest, parts, manifest["options"]["part_rows"] if is_directory else None, listed)
     if manifest["files"].keys() != {_name(run, file) for pair in parts for file in pair}:
         if not is_directory:
-            named = min(manifest["files"], key=len, default="")
-            raise _wrong(manifest_path, f"files names {named}, not {path.name}; was it written under that name?")
+            named, name = min(manifest["files"], key=len, default=""), sources.printable(path.name)
+            raise _wrong(manifest_path, f"files names {named}, not {name}; was it written under that name?")
         raise _wrong(manifest_path, "files does not name the files of both tables")
     return run
 
 
 def _name(run: _Run, file: Path) -> str:
     """What the manifest calls a file of the output."""
-    return file.relative_to(run.path.parent).as_posix()
+    return sources.printable(file.relative_to(run.path.parent).as_posix())
 
 
 def _load(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +218,7 @@ def _misfit(value: Any, shape: Any, name: str = "") -> str | None:
     """The dotted name of the first value that is absent or not of its shape; None if all are right."""
     if isinstance(shape, tuple):
         # Not `isinstance`, for which True is an integer.
-        return None if type(value) in shape and not (type(value) is int and value < 0) else name
+        return None if type(value) in shape and not (type(value) is int and not 0 <= value < 2**63) else name
     if type(value) is not type(shape):
         return name
     inner = (
@@ -223,6 +237,8 @@ def _check_manifest(path: Path, manifest: dict[str, Any], pairs: int) -> None:
     for record in inputs:
         if _misfit(record, _TEXT_INPUT if "text_files" in record else _TABLE_INPUT) is not None:
             raise _wrong(path, "an entry of inputs is incomplete or of wrong types")
+        if not _is_digest(record["sha256"]) and (record["sha256"] is not None or options["read"]["limit"] is None):
+            raise _wrong(path, "sha256 of an entry of inputs is none")
     read = sum(map(_rows_read, inputs))
     windows = sum(counts[f"windows_{how}"] for how in ("inferred", "reused", "kept"))
     for name, what, total in (
@@ -238,6 +254,9 @@ def _check_manifest(path: Path, manifest: dict[str, Any], pairs: int) -> None:
         ("counts.parts_kept is above counts.parts", counts["parts_kept"] <= counts["parts"]),
         ("counts.windows_reused is not 0 without options.reuse", options["reuse"] or not counts["windows_reused"]),
         ("model.files is empty", bool(manifest["model"]["files"])),
+        ("model.files holds what is no SHA-256", all(map(_is_digest, manifest["model"]["files"].values()))),
+        ("model.window is none", 0 < manifest["model"]["window"] < 2**31),
+        ("options.min_score is not between 0 and 1", 0 <= options["min_score"] <= 1),
     ):
         if not holds:
             raise _wrong(path, what)
@@ -249,6 +268,10 @@ def _check_manifest(path: Path, manifest: dict[str, Any], pairs: int) -> None:
         raise _wrong(path, f"files lists {len(manifest['files'])} files, not {2 * pairs}")
 
 
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
 def _most(limit: int | None) -> float:
     return math.inf if limit is None else limit
 
@@ -258,8 +281,11 @@ def _rows_read(record: Mapping[str, Any]) -> int:
     return int(record["text_files"] if "text_files" in record else record["rows"])
 
 
-def _check_description(path: Path, manifest: dict[str, Any]) -> None:
-    """``run.json`` must describe the run that the manifest describes; what a resumed run may change is free."""
+def _check_description(path: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """``run.json`` must describe the run that the manifest describes; what a resumed run may change is free.
+
+    Gives its inputs.
+    """
     run = _load(path, _DESCRIPTION)
     begun, ended = _described(run), _described(manifest)
     for name in dict.fromkeys([*begun, *ended]):
@@ -267,13 +293,21 @@ def _check_description(path: Path, manifest: dict[str, Any]) -> None:
             raise _wrong(path, f"{name} is not that of {sinks.MANIFEST}")
     # The limit may have ended the run before the last of what was to be read.
     to_read, read = run["inputs"], manifest["inputs"]
-    if len(to_read) < len(read) or not all(map(_is_input, to_read, read)):
+    whole = manifest["options"]["read"]["limit"] is None
+    if len(to_read) < len(read) or (whole and len(to_read) > len(read)) or not all(map(_is_input, to_read, read)):
         raise _wrong(path, f"inputs are not those of {sinks.MANIFEST}")
+    texts = [(before, after) for before, after in zip(to_read, read, strict=False) if "text_files" in after]
+    if whole and any(before.get("text_files") != after["text_files"] for before, after in texts):
+        raise _wrong(path, f"inputs are not those of {sinks.MANIFEST}")
+    return cast(list[dict[str, Any]], to_read)
 
 
 def _is_input(to_read: Mapping[str, Any], read: Mapping[str, Any]) -> bool:
-    """Whether an entry of ``inputs`` before a run can be one after it. Of streams and text files no size was known."""
-    unknown = "text_files" in read or None in (to_read.get("bytes"), read["bytes"])
+    """Whether an entry of ``inputs`` before a run can be one after it; of a stream no size is known.
+
+    Of text files the limit may have ended the run before the last.
+    """
+    unknown = None in (to_read.get("bytes"), read["bytes"]) or to_read.get("text_files") != read.get("text_files")
     names = ("text_files" in to_read, to_read.get("source")) == ("text_files" in read, read.get("source"))
     return names and (unknown or to_read["bytes"] == read["bytes"])
 
@@ -320,7 +354,7 @@ def _entity_types(run: _Run) -> tuple[str, ...]:
     try:
         return decode.tag_set(tuple(run.manifest["model"]["labels"])).types
     except ModelError as exc:
-        raise _wrong(run.path, "model.labels has no label O") from exc
+        raise _wrong(run.path, "model.labels are of no scheme that is known") from exc
 
 
 def _check_hash(run: _Run, file: Path) -> None:
@@ -450,10 +484,18 @@ def _same(column: pa.Array, other: pa.Array) -> Bools:
     if column.equals(other):
         return np.ones(len(column), np.bool_)
     # In JSON NaN equals itself, and so does the same value in dictionaries of another order.
-    return np.array([x == y for x, y in zip(_as_json(column), _as_json(other), strict=True)], np.bool_)
+    texts = (_as_json(_told_apart(each)) for each in (column, other))
+    return np.array([x == y for x, y in zip(*texts, strict=True)], np.bool_)
 
 
-def _as_json(column: pa.Array) -> list[str]:
+def _told_apart(column: pa.Array) -> pa.ChunkedArray:
+    """A column with text in the place of floating-point numbers, of which JSON has neither infinite ones nor NaN."""
+    kind = sinks.with_leaves(column.type, lambda leaf: pa.string() if pa.types.is_floating(leaf) else leaf)
+    chunked = pa.chunked_array([column])
+    return chunked if kind == column.type else chunked.cast(kind)
+
+
+def _as_json(column: pa.Array | pa.ChunkedArray) -> list[str]:
     """Each value as the JSON text that stands in a JSONL output."""
     lines = sinks.json_lines(pa.table({"value": column}))
     return [orjson.dumps(orjson.loads(line)["value"]).decode() for line in lines]
@@ -472,7 +514,7 @@ def _read(path: Path, columns: pa.Schema, keep: Sequence[pa.Field]) -> Iterator[
     """Rows of one file, which must have exactly these columns, in batches."""
     with _translated(path), path.open("rb") as file:
         most = _KEPT_ROWS if keep else _ROWS
-        if path.suffix.lower() == ".parquet":
+        if path.name.lower().endswith(".parquet"):  # which may be the whole name
             yield from _read_parquet(path, file, columns, most)
         else:
             yield from _read_jsonl(path, file, columns, [field.name for field in keep], most)
@@ -489,7 +531,7 @@ def _read_parquet(path: Path, file: BinaryIO, columns: pa.Schema, most: int) -> 
         raise _wrong(path, f"has {len(found)} columns, not the {len(columns)} of its table")
     if (found.metadata or {}).get(b"medner.schema_version") != schema.SCHEMA_VERSION.encode():
         raise _wrong(path, f"its medner.schema_version is not {schema.SCHEMA_VERSION}")
-    for batch in parquet.iter_batches(most, use_threads=False):
+    for batch in parquet.iter_batches(min(most, sources.batch_rows(parquet.metadata)), use_threads=False):
         batch.validate(full=True)  # reading alone does not look whether text is UTF-8
         yield batch
 
@@ -502,16 +544,17 @@ def _read_jsonl(
     kind = pa.struct(list(columns))
     codec = _COMPRESSIONS.get(path.suffix.lower())
     lines = io.BufferedReader(pa.CompressedInputStream(file, codec)) if codec else file
-    number = 0
-    while held := list(islice(lines, most)):
-        rows = []
-        for line in held:
-            row, what = _json_row(line, accepts, keep)
-            if what is not None:
-                raise _wrong(f"{path}, row {number}", what)
-            rows.append(row)
-            number += 1
-        yield pa.RecordBatch.from_struct_array(pa.array(rows, kind))
+    rows, size = [], 0
+    for number, line in enumerate(lines):
+        row, what = _json_row(line, accepts, keep)
+        if what is not None:
+            raise _wrong(f"{path}, row {number}", what)
+        rows.append(row)
+        size += len(line)
+        if len(rows) == most or size >= _BYTES:
+            yield pa.RecordBatch.from_struct_array(pa.array(rows, kind))
+            rows, size = [], 0
+    yield pa.RecordBatch.from_struct_array(pa.array(rows, kind))
 
 
 def _json_row(
@@ -526,6 +569,12 @@ def _json_row(
         return {}, "is cut short"
     if type(row) is not dict or list(row) != list(accepts):
         return {}, f"is no object of {', '.join(accepts)}, in this order"
+    try:
+        written = orjson.dumps(row) + b"\n" == line
+    except orjson.JSONEncodeError:  # nested too deeply
+        written = False
+    if not written:  # such as a name that stands twice, of which one reader takes the first and another the last
+        return {}, "is not written as medner writes it"
     for name in keep:
         row[name] = orjson.dumps(row[name]).decode()
     wrong = next((name for name, accept in accepts.items() if not accept(row[name])), None)
@@ -580,14 +629,23 @@ def _check_notes(notes: _Rows, window: int, max_note_bytes: int) -> None:
 
 
 class _Keys:
-    """The source and the row of each note, which follow from the manifest's ``inputs``; names of text files do not."""
+    """The source and the row of each note, which follow from the manifest's ``inputs``; names of text files do not.
 
-    def __init__(self, inputs: Sequence[Mapping[str, Any]]) -> None:
+    Of those ``run.json`` has a hash. listed: its inputs.
+    """
+
+    def __init__(self, inputs: Sequence[Mapping[str, Any]], listed: Sequence[Mapping[str, Any]]) -> None:
         counts = np.array([_rows_read(record) for record in inputs], np.int64)
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
         self._sources = pa.array([record.get("source") for record in inputs], pa.string())
         self._seen = set(self._sources.drop_null().to_pylist())
+        self._named = {
+            number: before.get("sha256")
+            for number, (record, before) in enumerate(zip(inputs, listed, strict=False))
+            if "text_files" in record and record["text_files"] == before.get("text_files")
+        }
+        self._names = hashlib.sha256()
 
     def check(self, notes: _Rows, first: int) -> None:
         """Check rows of the ``notes`` table; first: how many there were before them in the whole run."""
@@ -602,11 +660,38 @@ class _Keys:
             notes.ints("row") == np.where(is_text, 0, number - self._starts[record]),
             "row is not the next one of its source: a row is missing, repeated or misplaced",
         )
+        notes.require(~is_text | _bools(pc.equal(source, notes.column("note_id"))), "note_id is not the file's name")
         for index in np.flatnonzero(is_text).tolist():
-            name = source[index].as_py()
+            name, turn = source[index].as_py(), int(record[index])
             if name in self._seen:
                 raise notes.wrong(index, "source came before")
             self._seen.add(name)
+            if number[index] == self._starts[turn]:
+                self._names = hashlib.sha256()
+            self._names.update(f"{name}\n".encode())
+            is_last = number[index] == self._ends[turn] - 1
+            if is_last and turn in self._named and self._named[turn] != self._names.hexdigest():
+                raise notes.wrong(index, f"the sources up to here are not the text files that {sinks.RUN} lists")
+
+
+def _check_unique(notes: _Rows, seen: set[str]) -> None:
+    """Where ids are unique, a note whose id came before is rejected, and none for this reason whose did not."""
+    for index, (name, reason) in enumerate(
+        zip(notes.column("note_id").to_pylist(), notes.column("reason").to_pylist(), strict=True)
+    ):
+        if name in seen if reason is None else name not in seen and reason == sources.Reason.REPEATED_ID:
+            raise notes.wrong(index, "note_id and options.read.unique_ids contradict reason")
+        seen.add(name)
+
+
+def _groups(notes: _Rows) -> Iterator[_Rows]:
+    """Some notes, few enough at a time that their spans can be held."""
+    ends, low = np.cumsum(notes.ints("n_spans")), 0
+    while low < len(notes):
+        before = int(ends[low - 1]) if low else 0
+        high = max(low + 1, int(np.searchsorted(ends, before + _SPANS, side="right")))
+        yield notes.slice(low, high)
+        low = high
 
 
 def _check_spans(annotated: _Annotated, types: pa.Array, min_score: float) -> None:
@@ -661,7 +746,8 @@ class _Check:
         self._given = given
         self._tables = _table_options(run)
         self._types = pa.array(_entity_types(run), pa.string())
-        self._keys = _Keys(run.manifest["inputs"])
+        self._keys = _Keys(run.manifest["inputs"], run.listed)
+        self._ids: set[str] | None = set() if run.manifest["options"]["read"]["unique_ids"] else None
         self._counts: Counter[str] = Counter()
 
     def part(self, number: int) -> None:
@@ -676,12 +762,15 @@ class _Check:
         while len(rows := notes.take(_KEPT_ROWS if tables.keep else _ROWS)):
             _check_notes(rows, run.manifest["model"]["window"], run.manifest["options"]["read"]["max_note_bytes"])
             self._keys.check(rows, self._counts["rows"] + counts["rows"])
+            if self._ids is not None:
+                _check_unique(rows, self._ids)
             if run.part_rows is not None:
                 _check_not_full(rows, counts["chars"], run.part_rows)
-            annotated = _annotated(rows, spans, tables)
-            _check_spans(annotated, self._types, run.manifest["options"]["min_score"])
-            if self._given is not None:
-                self._given.check(annotated)
+            for few in _groups(rows):
+                annotated = _annotated(few, spans, tables)
+                _check_spans(annotated, self._types, run.manifest["options"]["min_score"])
+                if self._given is not None:
+                    self._given.check(annotated)
             counts.update(_counts(rows))
         if len(more := spans.take(1)):
             raise more.wrong(0, f"belongs to no note of {notes_path}")

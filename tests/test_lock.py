@@ -307,6 +307,20 @@ def test_a_lock_that_cannot_be_read(tmp_path: Path, content: bytes, monkeypatch:
     assert lines == [f"{tmp_path}: another process was writing it; waiting up to 0 s for a sign of life"]
 
 
+def test_a_lock_that_is_a_link_to_nothing(tmp_path: Path) -> None:
+    """It can neither be read nor be created, and is waited for by nobody."""
+    (tmp_path / lock.NAME).symlink_to("nowhere")
+    with pytest.raises(OutputError) as caught:
+        Lock(tmp_path, pytest.fail)
+    assert str(caught.value) == f"{tmp_path / lock.NAME}: a link to nothing; remove it"
+
+
+def test_a_host_that_cannot_be_printed() -> None:
+    """What a lock file says reaches no terminal as it is."""
+    seen = lock._Seen(json.dumps(asdict(replace(stranger(), host="a\x1b[2J\nb"))).encode(), (0, 0))
+    assert str(seen) == r"process 17 on 'a\x1b[2J\nb'"
+
+
 def test_a_lock_that_is_written_this_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its creation and its first byte it is looked at once more, without a word."""
     put(tmp_path, b"")

@@ -28,6 +28,7 @@ from medner.annotate import Annotator, Options
 from medner.errors import InputError, MednerError, OutputError, TooManyRejected, UsageError
 from medner.run import RunOptions, check_rejected, cut_parts, run, summary
 from medner.sources import ReadOptions
+from medner.verify import verify
 
 NOTES: list[dict[str, Any]] = [
     {"note_id": "a", "text": "Type 2 diabetes, no fever.", "extra": "ICU"},
@@ -494,6 +495,30 @@ def test_a_truncated_file_keeps_the_parts_before_it(tmp_path: Path) -> None:
     parts = listing(tmp_path / "out" / "notes")
     assert parts[:2] == ["part-000000.parquet", "part-000001.parquet"]
     assert listing(tmp_path / "out" / "spans") == parts
+
+
+def test_an_input_that_grew_before_its_turn(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read is recorded, in ``run.json``, too: the run is whole, and finished for ``--resume``."""
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(b'{"text": "fever"}\n')
+    sizes = sources.sizes
+    options = RunOptions(
+        (str(notes), str(other)), str(tmp_path / "out"), model=str(testing.bundle()), quiet=True, part_rows=2
+    )
+
+    def grow(files: Iterable[sources.InputFile]) -> list[dict[str, Any]]:
+        found = sizes(files)
+        other.write_bytes(b'{"text": "fever"}\n{"text": "asthma"}\n')
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "sizes", grow)
+        manifest = run(options)
+    assert manifest["inputs"][1]["rows"] == 2
+    written = json.loads((tmp_path / "out" / "run.json").read_bytes())
+    assert [each["bytes"] for each in written["inputs"]] == [each["bytes"] for each in manifest["inputs"]]
+    verify(tmp_path / "out", [str(notes), str(other)])
+    assert run(replace(options, resume=True)) == manifest
 
 
 def test_a_dangling_link_is_an_input_error(tmp_path: Path) -> None:

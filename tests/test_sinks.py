@@ -672,6 +672,23 @@ def test_file_sink_takes_no_manifest_of_other_files(tmp_path: Path) -> None:
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
 
 
+def test_file_sink_beside_another_run_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest has the hashes of what this run wrote, not of what another put under the name meanwhile."""
+    commit = sinks._Draft.commit
+
+    def replaced(draft: sinks._Draft) -> None:
+        commit(draft)
+        draft.path.write_bytes(b"another run's")
+
+    sink = FileSink(tmp_path / "out.parquet", TableOptions())
+    sink.write(0, [two_rows()])
+    expected = {draft.path.name: draft for draft in sink._drafts}
+    monkeypatch.setattr(sinks._Draft, "commit", replaced)
+    manifest = sink.finish(MANIFEST)
+    assert manifest["files"].keys() == expected.keys()
+    assert hashlib.sha256(b"another run's").hexdigest() not in manifest["files"].values()
+
+
 def test_file_sink_beside_what_is_no_manifest(tmp_path: Path) -> None:
     """Another program's file of that name, and one that cannot be read, are the output's errors."""
     manifest = tmp_path / "out.manifest.json"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -232,6 +233,10 @@ def test_rows_of_many_chunks(tmp_path: Path, go: Go, notes: Path, monkeypatch: p
     whole = verify(out, [str(notes)])
     for rows in (1, 2, 3):
         monkeypatch.setattr(verifying, "_ROWS", rows)
+        assert verify(out, [str(notes)]) == whole
+    for spans in (1, 2):
+        monkeypatch.setattr(verifying, "_SPANS", spans)
+        monkeypatch.setattr(verifying, "_BYTES", 100 * spans)
         assert verify(out, [str(notes)]) == whole
     table = out / "spans" / "part-000001.parquet" if output == "out" else out
     change(table, with_values(-1, start=1))
@@ -746,6 +751,59 @@ def test_a_foreign_json_row(tmp_path: Path, go: Go, notes: Path, repaired: bool,
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"label":"Disease"', b'"label":"Other","label":"Disease"'),
+        (b'"row":0', b'"row":9,"row":0'),
+        (b'"row":0', b'"row": 0'),
+        (b"fever", b"\\u0066ever"),
+    ],
+)
+def test_json_that_readers_take_differently(tmp_path: Path, go: Go, notes: Path, old: bytes, new: bytes) -> None:
+    """Of a name that stands twice one reader takes the first, another the last; medner writes in one way only."""
+    out = go(notes, tmp_path / "out", form="jsonl")
+    file = out / "spans" / "part-000000.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(old, new, 1)
+    file.write_bytes(b"".join(lines))
+    repair(out)
+    assert wrong(out) == f"{file}, row 1: is not written as medner writes it; {AGAIN}"
+
+
+def test_json_that_is_nested_too_deeply(tmp_path: Path, go: Go, notes: Path) -> None:
+    """What can be read and not be written is no defect of medner."""
+    out = go(notes, tmp_path / "out", form="jsonl", read=ReadOptions(keep=("ward",)))
+    file = out / "notes" / "part-000000.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"ward":"x"', b'"ward":' + b"[" * 300 + b"]" * 300))
+    assert wrong(out) == f"{file}, row 0: is not written as medner writes it; {AGAIN}"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [("inf", "-inf"), ("inf", None), ("inf", "nan"), ("nan", None), (None, "inf"), ("inf", "1e308")],
+)
+def test_kept_numbers_that_json_does_not_tell_apart(
+    tmp_path: Path, was: str | None, now: str | None, nested: bool
+) -> None:
+    """In a Parquet output infinite numbers, NaN and null are different values, inside lists, too."""
+    kind = pa.list_(pa.float64()) if nested else pa.float64()
+
+    def value(number: str | None) -> Any:
+        known = None if number is None else float(number)
+        return [1.0, known] if nested else known
+
+    table = pa.table({"text": ["no", "ok"], "x": pa.array([value(was), value("nan")], kind)})
+    pq.write_table(table, tmp_path / "in.parquet")
+    out = annotate(tmp_path / "in.parquet", tmp_path / "out", read=ReadOptions(keep=("x",)))
+    verify(out, [str(tmp_path / "in.parquet")])
+    file = out / "notes" / "part-000000.parquet"
+    change(file, with_values(0, x=value(now)))
+    repair(out)
+    assert wrong(out, tmp_path / "in.parquet") == f"{file}, row 0: x is not that of the note given; {OTHER}"
+
+
+@pytest.mark.parametrize(
     "spans",
     [7, {}, [7], [{}], [{"start": 0, "end": 1, "text": "f", "label": "Disease", "score": "1"}],
      [{"end": 1, "start": 0, "text": "f", "label": "Disease", "score": 1.0}]],
@@ -797,7 +855,18 @@ def put(name: str, value: Any) -> Callable[[Row], None]:
         ("counts", None, "counts is missing or of a wrong type"),
         ("options.read.keep", [1], "options.read.keep is missing or of a wrong type"),
         ("options.format", "csv", "options.format is neither parquet nor jsonl"),
-        ("model.labels", ["B-Disease"], "model.labels has no label O"),
+        ("model.labels", ["B-Disease"], "model.labels are of no scheme that is known"),
+        ("model.labels", ["O", "B-X", "X", "b-X"], "model.labels are of no scheme that is known"),
+        ("model.window", 2**31, "model.window is none"),
+        ("model.window", 2**63, "model.window is missing or of a wrong type"),
+        ("model.provider", None, "model.provider is missing or of a wrong type"),
+        ("model.files", {"a": None}, "model.files holds what is no SHA-256"),
+        ("versions", {}, "versions.onnxruntime is missing or of a wrong type"),
+        ("options.min_score", 1e308, "options.min_score is not between 0 and 1"),
+        ("options.part_rows", 2**63, "options.part_rows is missing or of a wrong type"),
+        ("seconds", None, "seconds is missing or of a wrong type"),
+        ("inputs.0.sha256", None, "sha256 of an entry of inputs is none"),
+        ("inputs.0.sha256", "nonsense", "sha256 of an entry of inputs is none"),
         ("files", {}, "files lists 0 files, not 6"),
         ("inputs.0.sha256", 1, "an entry of inputs is incomplete or of wrong types"),
         ("inputs.0", {"text_files": 8}, "an entry of inputs is incomplete or of wrong types"),
@@ -893,6 +962,15 @@ def test_long_kept_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form:
         f"{last}, row {row}: k is not that of the note whose turn it is in {out}/notes/{last.name}; {AGAIN}"
     )
     assert (row > 50) == (not nested)
+
+
+@pytest.mark.parametrize("output", [".parquet", ".jsonl.gz", os.fsdecode(b"\xff.parquet"), "a\nb.jsonl"], ids=ascii)
+def test_single_files_of_odd_names(tmp_path: Path, notes: Path, output: str) -> None:
+    """A suffix alone, and what is no Unicode, name files, too."""
+    out = annotate(notes, tmp_path / output)
+    verify(out, [str(notes)])
+    annotate(notes, out, overwrite=True)
+    verify(out, [str(notes)])
 
 
 @pytest.mark.parametrize("output", ["out.parquet", "out.jsonl.gz"])
@@ -1035,10 +1113,78 @@ def test_other_text_files(tmp_path: Path) -> None:
     for table in ("spans", "notes"):
         change(out / table / "part-000001.parquet", with_values(0, source="5.txt", note_id="5.txt"))
     repair(out)
-    verify(out)
-    assert wrong(out, folder) == (
-        f"{out}/notes/part-000001.parquet, row 0: source is not that of the note given; {OTHER}"
+    assert wrong(out) == (
+        f"{out}/notes/part-000001.parquet, row 0: the sources up to here are not the text files that run.json lists; "
+        f"{AGAIN}"
     )
+    for table in ("spans", "notes"):
+        change(out / table / "part-000001.parquet", with_values(0, source="4.txt", note_id="5.txt"))
+    repair(out)
+    assert wrong(out) == f"{out}/notes/part-000001.parquet, row 0: note_id is not the file's name; {AGAIN}"
+
+
+def test_text_files_that_changed_places(tmp_path: Path) -> None:
+    """Their order is that of ``run.json``; beside a single file none lists their names, so only the notes can tell."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("1", "2"):
+        (folder / f"{name}.txt").write_text(f"fever {name}")
+    run_directory, single = annotate(folder, tmp_path / "out"), annotate(folder, tmp_path / "single.parquet")
+    swap = {"1.txt": "2.txt", "2.txt": "1.txt"}
+
+    def swapped(rows: list[Row]) -> None:
+        for row in rows:
+            row.update(source=swap[row["source"]], note_id=swap[row["source"]])
+
+    for file in (*run_directory.glob("*/part-*"), single, tmp_path / "single.notes.parquet"):
+        change(file, swapped)
+    repair(run_directory)
+    change_json(
+        tmp_path / "single.manifest.json",
+        lambda manifest: manifest["files"].update(
+            {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in manifest["files"]}
+        ),
+    )
+    said = "row 1: the sources up to here are not the text files that run.json lists"
+    assert wrong(run_directory) == f"{run_directory}/notes/part-000000.parquet, {said}; {AGAIN}"
+    verify(single)
+    said = "row 0: source is not that of the note given"
+    assert wrong(single, folder) == f"{tmp_path}/single.notes.parquet, {said}; {OTHER}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_limit_that_ends_among_text_files(tmp_path: Path, form: str) -> None:
+    """Of those that were not all read no hash of the names is known; of those before them it is."""
+    for name in ("a/1.txt", "a/2.txt", "b.jsonl", "c/3.txt", "c/4.txt"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text('{"text": "fever"}' if name == "b.jsonl" else "fever")
+    inputs = tuple(str(tmp_path / "in" / name) for name in ("a", "b.jsonl", "c"))
+    for limit in (None, 5, 4, 3, 2, 1):
+        out = tmp_path / f"out-{limit}"
+        read = ReadOptions(limit=limit)
+        run(RunOptions(inputs, str(out), model=str(testing.bundle()), quiet=True, form=form, read=read))
+        assert verify(out, inputs).startswith(f"{out}: {limit or 5} note")
+    for name in ("text_files", "sha256"):
+        out = Path(shutil.copytree(tmp_path / "out-3", tmp_path / name))
+        change_json(out / "run.json", put(f"inputs.0.{name}", {"text_files": 1, "sha256": "0" * 64}[name]))
+        if name == "sha256":
+            assert "row 1: the sources up to here are not the text files" in wrong(out)
+    out = Path(shutil.copytree(tmp_path / "out-None", tmp_path / "whole"))
+    change_json(out / "run.json", put("inputs.0.text_files", 99))
+    assert wrong(out) == f"{out}/run.json: inputs are not those of manifest.json; {AGAIN}"
+
+
+@pytest.mark.parametrize(("row", "values"), [(2, {"note_id": "a"}), (1, {"note_id": "z"})], ids=["again", "first"])
+def test_ids_that_are_not_unique(tmp_path: Path, row: int, values: Row) -> None:
+    """Where ids had to be, one that came before rejects its note, and no other is rejected for that."""
+    notes = write_notes(tmp_path / "notes.jsonl", [{"note_id": name, "text": "no"} for name in ("a", "a", "b")])
+    out = annotate(notes, tmp_path / "out", read=ReadOptions(unique_ids=True))
+    verify(out, [str(notes)])
+    file = out / "notes" / "part-000000.parquet"
+    change(file, with_values(row, **values))
+    repair(out)
+    said = "note_id and options.read.unique_ids contradict reason"
+    assert wrong(out) == f"{file}, row {row}: {said}; {AGAIN}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
