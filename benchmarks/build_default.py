@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -89,7 +88,7 @@ def make_named(base: Path, teachers: Sequence[Path]) -> Path:
     made = WORK / "named"
     options = {**training.PLAIN, "epochs": NAMED_EPOCHS, "average": 1}
     job = training.flags(data=[CONLL], base=base, silver=write_named(teachers), seed=training.SEEDS[0], **options)
-    training.train_all({made: job}, threads=os.cpu_count() or 1)
+    training.train_all({made: job})
     return made
 
 

@@ -349,7 +349,7 @@ def check_processor(features: str, *, exact: bool) -> Finding:
     return Finding(
         "processor",
         "note",
-        f"{features}: no VNNI, so int8 takes exact kernels, about 1.3 times as fast as fp32 instead of 2.5 times",
+        f"{features}: no VNNI, so int8 takes exact kernels, which are slower",
         "spans are right here, too; a processor with VNNI is faster",
     )
 
@@ -476,7 +476,11 @@ def try_session(model: str, device: str) -> Finding:
         return _failed("session", exc, "mend what the other lines name, or pass --device cpu")
     session = annotator.session
     assert session is not None
-    return Finding("session", "ok", f"{annotator.precision} on {session.device} by {session.provider}")
+    found = f"{annotator.precision} on {session.device} by {session.provider}"
+    if device == "auto" and runtime.has_cuda() and session.device == "cpu":
+        remedy = "for a GPU export a model with --precision fp16, or mend what is said"
+        return Finding("session", "note", f"{found}; {annotator.notice}", remedy)
+    return Finding("session", "ok", found)
 
 
 def try_output(output: Path) -> Finding:

@@ -76,7 +76,8 @@ def run(options: RunOptions, stdin: BinaryIO | None = None, stdout: BinaryIO | N
     kept = tuple(reader.schema.field(name) for name in options.read.keep)
     tables = sinks.TableOptions(options.text, options.nested, kept)
     with contextlib.closing(_workers(options)) as workers:
-        if workers.facts.notice and not options.quiet:
+        # That a GPU is not used is no matter of progress either.
+        if workers.facts.notice and (not options.quiet or workers.facts.device == "cpu"):
             _say(workers.facts.notice)
         if workers.bundle.foreign and options.annotate.window is None and not options.quiet:
             _say(

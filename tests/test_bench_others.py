@@ -683,13 +683,13 @@ def test_ways_of_training_are_commands() -> None:
 
 
 def test_trainings_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is finished is left alone, what was cut off goes on, and each has one thread."""
-    ran = {}
+    """What is finished is left alone, what was cut off goes on, and they share the threads."""
+    ran, threads = {}, {}
 
     def timed(command: list[str | Path], env: dict[str, str]) -> None:
-        assert env == {"OMP_NUM_THREADS": "1"}
         words = [str(word) for word in command]
-        ran[Path(words[words.index("-o") + 1]).name] = words
+        name = Path(words[words.index("-o") + 1]).name
+        ran[name], threads[name] = words, env["OMP_NUM_THREADS"]
 
     monkeypatch.setattr(training.common, "timed", timed)
     for name in ("done", "cut"):
@@ -700,6 +700,9 @@ def test_trainings_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "new": ["train", "--seed=new", "-o", str(tmp_path / "new")],
         "cut": ["train", "--seed=cut", "-o", str(tmp_path / "cut"), "--resume"],
     }
+    assert threads == {"new": "1", "cut": "1"}
+    training.train_all({tmp_path / name: [] for name in "abc"}, workers=2)
+    assert [threads[name] for name in "abc"] == ["1", "1", "2"]
 
 
 def test_ways_of_training_report() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -382,3 +383,7 @@ def test_the_record_of_a_run(cuda: FakeCuda, tmp_path: Path, capfd: pytest.Captu
     assert manifest["options"]["threads"] == 2
     assert manifest["options"]["batch_tokens"] in runtime.PROBED_TOKENS
     assert "medner: --device auto takes cuda:0\n" in capfd.readouterr().err
+    for starts, said in ((True, False), (False, True)):  # with --quiet only that a GPU is not used
+        cuda.starts = starts
+        run(replace(options, overwrite=True, quiet=True))
+        assert ("medner: --device auto takes the CPU, for it" in capfd.readouterr().err) == said

@@ -17,6 +17,7 @@ import pytest
 
 import medner
 from medner import cli, doctor, runtime, testing
+from medner.annotate import Annotator, Options
 from medner.doctor import Driver, Finding, Gpu, Installed, Libraries
 from medner.errors import CheckFailed, DeviceError, UsageError
 from medner.runtime import Build
@@ -297,6 +298,23 @@ def test_a_gpu_that_the_session_does_not_use(
     assert [check for check, finding in findings.items() if finding.state != "ok"] == ["session"]
 
 
+def test_a_gpu_that_auto_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as by a model that is int8 alone: it works, at a cost, and the reason is told."""
+    annotator = Annotator.load(testing.bundle(), Options(device="cpu"))
+    annotator.notice = "--device auto takes the CPU, for it could not take CUDA"
+    monkeypatch.setattr(doctor.Annotator, "load", lambda *_: annotator)
+    ok = Finding("session", "ok", "fp32 on cpu by CPUExecutionProvider")
+    assert doctor.try_session("any", "auto") == ok
+    monkeypatch.setattr(doctor.runtime, "has_cuda", lambda: True)
+    assert doctor.try_session("any", "cpu") == ok
+    assert doctor.try_session("any", "auto") == Finding(
+        "session",
+        "note",
+        f"{ok.found}; {annotator.notice}",
+        "for a GPU export a model with --precision fp16, or mend what is said",
+    )
+
+
 def test_judgement() -> None:
     """Notes are no problems."""
     fine = [Finding("processor", "note", "slow", "buy another"), Finding("gpu", "ok", "none")]
@@ -324,7 +342,7 @@ def test_a_processor_without_vnni() -> None:
     assert doctor.check_processor("x86_64 avx2", exact=False) == Finding(
         "processor",
         "note",
-        "x86_64 avx2: no VNNI, so int8 takes exact kernels, about 1.3 times as fast as fp32 instead of 2.5 times",
+        "x86_64 avx2: no VNNI, so int8 takes exact kernels, which are slower",
         "spans are right here, too; a processor with VNNI is faster",
     )
 
