@@ -338,7 +338,7 @@ def evaluate(
 
     Tokenized data is scored on its own tokens as seqeval does (strict, IOB2), other data on exact character offsets.
     """
-    from medner import datasets, score, sinks, sources
+    from medner import datasets, schema, score, sinks
     from medner import evaluate as evaluation
     from medner.annotate import Options
 
@@ -348,12 +348,12 @@ def evaluate(
     annotator = evaluation.open_model(model, Options(**given))
     scores = evaluation.evaluate(annotator, evaluation.hard_wrapped(documents, wrap) if wrap else documents)
     if target is not None:
-        asked = {"data": sources.printable(data), "split": split, "labels_renamed": labels, "wrap": wrap}
+        asked = {"data": schema.printable(data), "split": split, "labels_renamed": labels, "wrap": wrap}
         used = {"window": annotator.bundle.window, "min_score": annotator.min_score}
-        facts = {"model": sources.printable(model), "precision": annotator.precision, **asked, **used}
+        facts = {"model": schema.printable(model), "precision": annotator.precision, **asked, **used}
         sinks.write_json(target, facts | scores.as_dict())
     kept = f", spans from {annotator.min_score:g} up" if annotator.min_score else ""
-    place = sources.printable(data)
+    place = schema.printable(data)
     _print(
         f"{annotator.bundle.name} {annotator.precision}, window {annotator.bundle.window}{kept}, on {place} ({split})"
     )

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from medner import resume, runtime, sinks, sources
+from medner import resume, runtime, schema, sinks, sources
 from medner.annotate import Options
 from medner.errors import InputError, OutputError, TooManyRejected, UsageError
 from medner.tally import Tally, timed
@@ -345,8 +345,8 @@ def _description(
         },
         "options": {
             "inputs": _arguments(options.inputs, files),
-            "output": sources.printable(options.output),
-            "model": sources.printable(options.model),
+            "output": schema.printable(options.output),
+            "model": schema.printable(options.model),
             "format": form,
             "text": options.text,
             "nested": options.nested,
@@ -366,7 +366,7 @@ def _arguments(inputs: Iterable[str], files: Iterable[sources.InputFile]) -> lis
     """The INPUT arguments for the record; text files named one by one are counted, since their names may be ids."""
     texts = {file.path for file in files if file.kind == "text"}
     inputs = list(inputs)
-    named = [sources.printable(name) for name in inputs if Path(name) not in texts]
+    named = [schema.printable(name) for name in inputs if Path(name) not in texts]
     unnamed = len(inputs) - len(named)
     return [*named, *([f"({unnamed} text files)"] if unnamed else [])]
 

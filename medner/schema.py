@@ -6,6 +6,7 @@ Nothing here is inferred from data. Within a major ``SCHEMA_VERSION`` columns ar
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -100,6 +101,11 @@ def is_text(kind: pa.DataType) -> bool:
 def text_sha256(text: str) -> str:
     """What the ``notes`` table holds of a note's text: the SHA-256 of its UTF-8 bytes, hex."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def printable(name: str) -> str:
+    """A path as text that can be printed, and written to Parquet and JSON, also where it is no valid UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def spans_schema(*, text: bool = True, keep: Iterable[pa.Field] = ()) -> pa.Schema:

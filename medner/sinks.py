@@ -30,7 +30,6 @@ from medner import schema
 from medner.errors import InputError, OutputError
 from medner.lock import NAME as LOCK
 from medner.lock import Claim, Lock
-from medner.sources import printable
 
 Ints = npt.NDArray[np.int64]
 
@@ -725,7 +724,7 @@ class FileSink(Sink):
         # Files of other suffixes have the same manifest: theirs stays.
         with _translated(self._manifest):
             files = (_read_json(self._manifest) or {}).get("files")
-        if isinstance(files, dict) and files.keys() != {printable(target.name) for target in targets}:
+        if isinstance(files, dict) and files.keys() != {schema.printable(target.name) for target in targets}:
             owner = min(files, key=len, default="another program")
             raise OutputError(f"{self._manifest}: belongs to {owner}; choose another -o, or remove it")
 
@@ -746,7 +745,7 @@ class FileSink(Sink):
             self._check_free([draft.path for draft in self._drafts], overwrite=self._overwrite)
             self._manifest.unlink(missing_ok=True)
             # Before they have their names, under which another run may put its own.
-            files = {printable(draft.path.name): draft.sha256() for draft in self._drafts}
+            files = {schema.printable(draft.path.name): draft.sha256() for draft in self._drafts}
             for draft in self._drafts:
                 draft.commit()
         manifest = manifest | {"files": files}

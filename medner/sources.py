@@ -37,7 +37,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medner.errors import InputError, UsageError
-from medner.schema import check_kept, is_text, notes_schema, source_schema
+from medner.schema import check_kept, is_text, notes_schema, printable, source_schema
 
 Kind: TypeAlias = Literal["jsonl", "parquet", "csv", "text"]
 Compression: TypeAlias = Literal["gz", "zst", "bz2"]
@@ -281,11 +281,6 @@ def _fits(pattern: Sequence[str], parts: Sequence[str]) -> bool:
 
 def _source(path: Path, base: Path) -> str:
     return printable(path.relative_to(base).as_posix())
-
-
-def printable(name: str) -> str:
-    """A path as text that can be printed, and written to Parquet and JSON, also where it is no valid UTF-8."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _suffixes(name: str) -> tuple[str, Compression | None]:

@@ -189,7 +189,7 @@ def _open(path: Path) -> _Run:
     run = _Run(manifest_path, manifest, parts, manifest["options"]["part_rows"] if is_directory else None, listed)
     if manifest["files"].keys() != {_name(run, file) for pair in parts for file in pair}:
         if not is_directory:
-            named, name = min(manifest["files"], key=len, default=""), sources.printable(path.name)
+            named, name = min(manifest["files"], key=len, default=""), schema.printable(path.name)
             raise _wrong(manifest_path, f"files names {named}, not {name}; was it written under that name?")
         raise _wrong(manifest_path, "files does not name the files of both tables")
     return run
@@ -197,7 +197,7 @@ def _open(path: Path) -> _Run:
 
 def _name(run: _Run, file: Path) -> str:
     """What the manifest calls a file of the output."""
-    return sources.printable(file.relative_to(run.path.parent).as_posix())
+    return schema.printable(file.relative_to(run.path.parent).as_posix())
 
 
 def _load(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:

@@ -183,6 +183,7 @@ def test_windows_for_pretraining(tmp_path: Path) -> None:
         next(iter(pretrain.Windows(tokenizer, [f"{tmp_path / 'none.jsonl'}:note"], 16)))
 
 
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable on this filesystem:UserWarning")  # epochs of no time
 def test_pretraining_learns_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss falls, and a training that was stopped half-way ends with the weights of one that was not."""
     base = checkpoint(tmp_path / "base", 4)
