@@ -419,9 +419,8 @@ def _load_hub(name: str, split: str) -> Iterator[Document]:
     seen: set[str] = set()
     for index, row in enumerate(_readable(rows, name)):
         tokens, tags = row["tokens"], row["ner_tags"]
-        if not (
-            isinstance(tokens, list) and isinstance(tags, list) and all(isinstance(token, str) for token in tokens)
-        ):
+        are_lists = isinstance(tokens, list) and isinstance(tags, list)
+        if not are_lists or not all(isinstance(token, str) for token in tokens):
             raise InputError(f"{name}: row {index} of {found} has no list of words in tokens, or no list in ner_tags")
         if len(tokens) != len(tags):
             raise InputError(f"{name}: row {index} of {found} has {len(tokens)} tokens and {len(tags)} tags")
