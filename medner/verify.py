@@ -294,22 +294,21 @@ def _check_description(path: Path, manifest: dict[str, Any]) -> list[dict[str, A
     # The limit may have ended the run before the last of what was to be read.
     to_read, read = run["inputs"], manifest["inputs"]
     whole = manifest["options"]["read"]["limit"] is None
-    if len(to_read) < len(read) or (whole and len(to_read) > len(read)) or not all(map(_is_input, to_read, read)):
-        raise _wrong(path, f"inputs are not those of {sinks.MANIFEST}")
-    texts = [(before, after) for before, after in zip(to_read, read, strict=False) if "text_files" in after]
-    if whole and any(before.get("text_files") != after["text_files"] for before, after in texts):
+    fits = len(to_read) == len(read) if whole else len(to_read) >= len(read)
+    if not fits or not all(_is_input(*pair, whole=whole) for pair in zip(to_read, read, strict=False)):
         raise _wrong(path, f"inputs are not those of {sinks.MANIFEST}")
     return cast(list[dict[str, Any]], to_read)
 
 
-def _is_input(to_read: Mapping[str, Any], read: Mapping[str, Any]) -> bool:
+def _is_input(to_read: Mapping[str, Any], read: Mapping[str, Any], *, whole: bool) -> bool:
     """Whether an entry of ``inputs`` before a run can be one after it; of a stream no size is known.
 
-    Of text files the limit may have ended the run before the last.
+    whole: no limit can have ended the run before the last of text files.
     """
-    unknown = None in (to_read.get("bytes"), read["bytes"]) or to_read.get("text_files") != read.get("text_files")
+    as_many = to_read.get("text_files") == read.get("text_files")
+    unknown = None in (to_read.get("bytes"), read["bytes"]) or not as_many
     names = ("text_files" in to_read, to_read.get("source")) == ("text_files" in read, read.get("source"))
-    return names and (unknown or to_read["bytes"] == read["bytes"])
+    return names and (as_many or not whole) and (unknown or to_read["bytes"] == read["bytes"])
 
 
 def _described(record: dict[str, Any]) -> dict[str, Any]:
@@ -676,10 +675,10 @@ class _Keys:
 
 def _check_unique(notes: _Rows, seen: set[str]) -> None:
     """Where ids are unique, a note whose id came before is rejected, and none for this reason whose did not."""
-    for index, (name, reason) in enumerate(
-        zip(notes.column("note_id").to_pylist(), notes.column("reason").to_pylist(), strict=True)
-    ):
-        if name in seen if reason is None else name not in seen and reason == sources.Reason.REPEATED_ID:
+    ids, reasons = (notes.column(name).to_pylist() for name in ("note_id", "reason"))
+    for index, (name, reason) in enumerate(zip(ids, reasons, strict=True)):
+        repeated = name in seen
+        if (repeated and reason is None) or (not repeated and reason == sources.Reason.REPEATED_ID):
             raise notes.wrong(index, "note_id and options.read.unique_ids contradict reason")
         seen.add(name)
 
