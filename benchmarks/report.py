@@ -22,7 +22,18 @@ import common
 #: Where the report lies beside the folder of results.
 NAME = "RESULTS.md"
 #: Results in the order of the report; others follow by name.
-ORDER = ("annotate-minilm", "annotate-base", "floor", "floor-avx2", "reuse", "scaling", "soak", "startup", "training")
+ORDER = (
+    "annotate-minilm",
+    "annotate-base",
+    "floor",
+    "floor-avx2",
+    "reuse",
+    "scaling",
+    "soak",
+    "startup",
+    "training",
+    "rebuilt",
+)
 
 HEAD = """# Benchmark results
 

@@ -1,6 +1,7 @@
 """The other benchmarks: their corpora, their arithmetic, their small runs, and the report."""
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -22,8 +23,9 @@ onnx = pytest.importorskip("onnx", reason="the floor reads graphs with onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    common, floor, patients, report, reuse, scaling, soak, startup, training = map(
-        import_module, ("common", "floor", "patients", "report", "reuse", "scaling", "soak", "startup", "training")
+    common, floor, patients, rebuilt, report, reuse, scaling, soak, startup, training = map(
+        import_module,
+        ("common", "floor", "patients", "rebuilt", "report", "reuse", "scaling", "soak", "startup", "training"),
     )
 
 EXAMPLES = ROOT / "examples" / "notes.jsonl"
@@ -740,3 +742,37 @@ def test_ways_of_training_that_were_measured_before() -> None:
     assert training.kept({**same, "variants": {"plain": "new"}}, {})["variants"] == {"plain": "new"}
     with pytest.raises(SystemExit, match="other options"):
         training.kept({**same, "options": {}, "variants": {}}, earlier)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The default model, built again
+
+
+def test_a_build_is_compared_with_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own lowest score changes what it finds; all spans of one model are the same, on the same documents."""
+    ships, again = rebuilt.build.SHIPPED, tmp_path / "again"
+    shutil.copytree(ships, again)
+    manifest = json.loads((again / "medner.json").read_text(encoding="utf-8"))
+    manifest |= {"min_score": 0.95, "training": {"precision": "fp64"}}
+    (again / "medner.json").write_text(json.dumps(manifest), encoding="utf-8")
+    records = rebuilt.datasets.load(str(rebuilt.errors.RECORDS), "test")
+    monkeypatch.setattr(rebuilt, "labelled", lambda: {"records": records})
+    monkeypatch.setattr(rebuilt.build, "notes", lambda: records[:3])
+    result = json.loads(json.dumps(rebuilt.measure(ships, again)))
+    own, everything = result["scores"]
+    assert (own["what"], everything["what"]) == ("own settings", "all spans")
+    assert own["f1"][0] > own["f1"][1] > 0
+    assert own["difference"][0] == pytest.approx(own["f1"][1] - own["f1"][0])
+    assert own["difference"][2] < 0  # so many spans less are no chance
+    assert everything["f1"][0] == everything["f1"][1]
+    assert everything["difference"] == [0.0, 0.0, 0.0]
+    assert (result["notes"], result["agreement"]) == (3, 1.0)
+
+    text = rebuilt.section({**MACHINE, **result})
+    assert f"trained in {result['bundles'][0]['trained_in']}, this one in fp64" in text
+    change, low, high = (100 * value for value in own["difference"])
+    assert f"| {change:+.2f} ({low:+.2f} to {high:+.2f}) | **no** |" in text
+    assert "| +0.00 (+0.00 to +0.00) | yes |" in text
+    seeds = [100 * scores["packed"] for name, scores in manifest["test"].items() if name.startswith("seed")]
+    spread = f"**{sum(seeds) / 5:.2f}** ({min(seeds):.2f} - {max(seeds):.2f})"
+    assert f"| test packed | {spread} | {spread} |" in text

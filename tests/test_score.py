@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medner.datasets import Document, entities, of_tokens
-from medner.score import Scores, agreement, evaluate, strict, table, tags_of
+from medner.score import Scores, agreement, difference, evaluate, strict, table, tags_of
 
 TAGS = st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"])
 SENTENCES = st.lists(st.lists(st.tuples(TAGS, TAGS), min_size=1, max_size=12), min_size=1, max_size=8)
@@ -116,6 +116,23 @@ def test_the_interval_is_that_of_resampled_documents() -> None:
     assert scores.overall.low < scores.overall.f1 < scores.overall.high
     assert scores == bootstrapped()
     assert scores.labels[0].low == scores.overall.low
+
+
+def test_the_difference_of_two_runs_is_on_the_same_documents() -> None:
+    """Equal runs differ by nothing; an error that one run adds shows though its own interval is many times as wide."""
+    documents = [Document(str(i), "gout", ((0, 4, "X"),)) for i in range(60)]
+    first = [list(document.spans) if i % 3 else [] for i, document in enumerate(documents)]
+    second = [spans if i % 10 != 1 else [(0, 2, "Y")] for i, spans in enumerate(first)]
+    assert difference(documents, first, first) == (0.0, 0.0, 0.0)
+    change, low, high = difference(documents, first, second)
+    scores = [evaluate(documents, run).overall for run in (first, second)]
+    assert change == pytest.approx(scores[1].f1 - scores[0].f1)
+    assert low < change < high < 0
+    assert scores[1].high > scores[0].low
+    assert difference(documents, second, first) == pytest.approx((-change, -high, -low))
+    assert difference([], [], []) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="zip"):
+        difference(documents, first, second[1:])
 
 
 def test_table_and_json() -> None:
