@@ -1,7 +1,8 @@
-"""Keeps README.md true: prints its commands for CI to run, and generates the help texts and spans that it quotes.
+"""Keeps README.md true: prints its commands for CI to run, and generates the help, spans and figures that it quotes.
 
 python .ci/readme.py --command first      # the shell block after <!-- command: first -->
 python .ci/readme.py --check | --write    # blocks after <!-- help: COMMAND -->, tables after <!-- spans: ROW ... -->
+                                          # and, of the published comparison, after <!-- compare: TITLE -->
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = README.parent / "examples" / "notes.jsonl"
+COMPARED = README.parent / "benchmarks" / "results" / "compare" / "compare.json"
+_COMPARED = re.compile(r"(<!-- compare: (?P<title>.+) -->\n)(?:\|.*\n)*")
 _TABLE = re.compile(r"(<!-- spans: (?P<rows>[\d ]+) -->\n)(?:\|.*\n)*")
 _BLOCK = r"(<!-- {kind}: {name} -->\n```\w*\n)(.*?)(\n```)"
 
@@ -64,6 +67,26 @@ def with_spans(text: str) -> str:
     return _TABLE.sub(table, text)
 
 
+def with_comparison(text: str) -> str:
+    """The text with every table of the comparison as its result has it."""
+    from medner import comparison  # here, since the commands are printed before medner is installed
+
+    written = comparison.markdown(json.loads(COMPARED.read_text(encoding="utf-8")))
+
+    def table(match: re.Match[str]) -> str:
+        _, found, rest = written.partition(f"## {match.group('title')}\n\n")
+        if not found:
+            raise SystemExit(f"{COMPARED.name} has no table {match.group('title')}")
+        return match.group(1) + rest.partition("\n\n")[0] + "\n"
+
+    return _COMPARED.sub(table, text)
+
+
+def generated(text: str) -> str:
+    """The text with everything that is generated as it is now."""
+    return with_comparison(with_spans(with_help(text)))
+
+
 def main() -> None:
     """Run one of the three modes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,9 +98,9 @@ def main() -> None:
     if given.command:
         print(command(text, given.command))
     elif given.write:
-        README.write_text(with_spans(with_help(text)), encoding="utf-8")
-    elif with_spans(with_help(text)) != text:
-        raise SystemExit("README.md quotes an old help text or old spans: python .ci/readme.py --write")
+        README.write_text(generated(text), encoding="utf-8")
+    elif generated(text) != text:
+        raise SystemExit("README.md quotes an old help text, old spans or old figures: python .ci/readme.py --write")
 
 
 if __name__ == "__main__":

@@ -61,8 +61,7 @@ def facts(result: Mapping[str, Any]) -> list[str]:
         f"{data['characters']:,} characters; {data['streamed']:,} streamed, {data['one_at_a_time']:,} one at a time",
         f"{machine['gpu'] or machine['processor']}, {machine['cpus']} CPUs, {memory}; {result['device']}, "
         f"{result['threads']} threads, {result['rounds']} rounds, {result['date']}",
-        f"medner {result['medner']}, Python {machine['python']}, "
-        + ", ".join(f"{name} {number}" for name, number in machine["versions"].items()),
+        ", ".join(f"{name} {number}" for name, number in {**machine["versions"], "Python": machine["python"]}.items()),
     ]
 
 
