@@ -2,9 +2,10 @@
 
     python benchmarks/rebuilt.py BUNDLE
 
-BUNDLE is what ``build_default.py`` left in ``models/default/bundle``. F1 of both in int8, by their own settings and
-with all spans, is compared on the same draws of documents: where the interval of the difference holds zero, these data
-cannot tell the two apart. Beside it stand the seeds of the last stage, as both manifests have them.
+BUNDLE is what ``build_default.py`` left in ``models/default/bundle``, its checkpoints beside it. F1 of both in int8, by
+their own settings and with all spans, is compared on the same draws of documents: where the interval of the difference
+holds zero, these data cannot tell the two apart. Beside it stand the seeds of the last stage, as both manifests have
+them, and what a mean of weights with the teachers' gives each of them, on devel.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,28 @@ def measure(ships: Path, rebuilt: Path) -> dict[str, Any]:
         "scores": rows,
         "notes": len(notes),
         "agreement": score.agreement(*spans),
+        "means": means(rebuilt.parent),
     }
+
+
+def means(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Scores on devel of the teachers and the students in a folder, alone and as means of weights, by what they are."""
+    teachers = [folder.parent / training.WORK.name / f"{build.TEACHERS}-{seed}" for seed in training.SEEDS]
+    students = [folder / f"seed{seed}" for seed in build.SEEDS]
+    rows = {
+        "the teachers": [[teacher] for teacher in teachers],
+        "the mean of the teachers' weights": [teachers],
+        "the students": [[student] for student in students],
+        "each student with the teachers (`--average-with`)": [[student, *teachers] for student in students],
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        mean = Path(temporary) / "mean"
+
+        def scored(checkpoints: list[Path]) -> dict[str, float]:
+            build.average(checkpoints, mean)
+            return training.score(mean)
+
+        return {what: [scored(checkpoints) for checkpoints in row] for what, row in rows.items()}
 
 
 def facts(path: Path) -> dict[str, Any]:
@@ -106,6 +129,17 @@ def section(result: Mapping[str, Any]) -> str:
     for split in ("devel", "test"):
         for name in training.SCORED:
             lines.append(f"| {split} {name} | {_seeds(one[split], name)} | {_seeds(two[split], name)} |")
+    lines += [
+        "",
+        "What a mean of weights gives the model built again, on devel, PyTorch in fp32, all spans: the mean over the "
+        "models of a row, with the lowest and the highest.",
+        "",
+        "| | models | sentences | documents | packed |",
+        "|---|---|---|---|---|",
+    ]
+    for what, row in result["means"].items():
+        spreads = (_spread([scored[name] for scored in row]) for name in training.SCORED)
+        lines.append(f"| {what} | {len(row)} | {' | '.join(spreads)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -114,8 +148,11 @@ def _windows(made: Mapping[str, Any]) -> str:
 
 
 def _seeds(scores: Mapping[str, Mapping[str, float]], name: str) -> str:
-    values = [100 * scored[name] for candidate, scored in scores.items() if candidate not in training.MEANS]
-    return f"**{statistics.mean(values):.2f}** ({min(values):.2f} - {max(values):.2f})"
+    return _spread([scored[name] for candidate, scored in scores.items() if candidate not in training.MEANS])
+
+
+def _spread(shares: Sequence[float]) -> str:
+    return f"**{100 * statistics.mean(shares):.2f}** ({100 * min(shares):.2f} - {100 * max(shares):.2f})"
 
 
 def main() -> None:

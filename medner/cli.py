@@ -229,6 +229,12 @@ def annotate(**given: Any) -> None:
     "--average", type=click.IntRange(min=1), default=1, show_default=True, help="Try the mean of so many last epochs."
 )
 @click.option(
+    "--average-with",
+    multiple=True,
+    metavar="CHECKPOINT",
+    help="In the end, try the mean of the weights and this model's, too, such as a teacher's.",
+)
+@click.option(
     "--teacher",
     "teachers",
     multiple=True,

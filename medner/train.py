@@ -80,7 +80,9 @@ class TrainOptions:
     label_smoothing: share of a label's probability that goes to all classes alike (Szegedy et al. 2016). average: also
     try the mean of the weights of so many last epochs (Izmailov et al. 2018), and keep it if devel says so. teachers:
     checkpoints with the same tokenizer and labels, from whose mean probabilities is learnt, too (Hinton et al. 2015):
-    teacher_weight of the loss on labelled data, nothing on silver data, and all on unlabelled text.
+    teacher_weight of the loss on labelled data, nothing on silver data, and all on unlabelled text. average_with: in
+    the end also try the mean of the weights and those of these checkpoints, which came from the same encoder, such as
+    trainings with other seeds or the teachers (Wortsman et al. 2022), and keep it if devel says so.
     """
 
     data: tuple[str, ...]
@@ -104,6 +106,7 @@ class TrainOptions:
     average: int = 1
     teachers: tuple[str, ...] = ()
     teacher_weight: float = 0.5
+    average_with: tuple[str, ...] = ()
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -145,7 +148,8 @@ class TrainResult:
     """Where the checkpoint lies and how training went; ``best`` is the best epoch.
 
     averaged: scores of the mean of the last epochs' weights, where it was tried; those weights were kept if its F1 is
-    above that of the best epoch. seconds: of the whole call; windows_per_second: of training alone, with each
+    above that of the best epoch. averaged_with: those of the mean with other checkpoints, where there are some; kept if
+    its F1 is above both. seconds: of the whole call; windows_per_second: of training alone, with each
     epoch's scoring and saving.
     """
 
@@ -153,6 +157,7 @@ class TrainResult:
     epochs: tuple[Epoch, ...]
     best: Epoch
     averaged: Mapping[str, float] | None
+    averaged_with: Mapping[str, float] | None
     untrained: Mapping[str, float]
     samples: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
     seconds: float
@@ -167,6 +172,11 @@ class TrainResult:
             f"best epoch {self.best.epoch} of {len(self.epochs)}: devel precision {self.best.precision:.4f}, "
             f"recall {self.best.recall:.4f}, F1 {self.best.f1:.4f}",
             *([f"mean of the last epochs' weights: devel F1 {self.averaged['f1']:.4f}"] if self.averaged else []),
+            *(
+                [f"mean with other checkpoints' weights: devel F1 {self.averaged_with['f1']:.4f}"]
+                if self.averaged_with
+                else []
+            ),
             f"{self.output}: checkpoint, metrics.json, learning_curve.png ({self.seconds:.0f} s)",
         ]
         return "\n".join(lines)
@@ -188,7 +198,10 @@ def train(options: TrainOptions) -> TrainResult:
     model = _load_model(options.base, tags, tokenizer)
     _check_window(options.window, model.config, tokenizer)
     for teacher in options.teachers:
-        _check_teacher(teacher, options, tags, tokenizer)
+        _check_other(teacher, options, tags, tokenizer)
+    for other in options.average_with:
+        _check_other(other, options, tags, tokenizer)
+        _parameters_of(other, model, tags, tokenizer)
     encoded = {split: encode(documents, encoder, tags, options.window) for split, documents in data.items()}
     if not encoded["devel"].inputs:
         raise InputError(f"{', '.join(options.data)}: the devel split holds no word")
@@ -212,6 +225,9 @@ def train(options: TrainOptions) -> TrainResult:
     epochs = _epochs(trainer.state.log_history)
     best = max(epochs, key=lambda epoch: epoch.f1)
     averaged = _try_average(trainer, options, best) if options.average > 1 else None
+    averaged_with = (
+        _try_average_with(trainer, options, tags, tokenizer, best, averaged) if options.average_with else None
+    )
     after = _find(trainer, samples, tags)
 
     result = TrainResult(
@@ -219,6 +235,7 @@ def train(options: TrainOptions) -> TrainResult:
         epochs=epochs,
         best=best,
         averaged=averaged,
+        averaged_with=averaged_with,
         untrained=untrained,
         samples=tuple(zip(SAMPLES, before, after, strict=True)),
         seconds=time.monotonic() - started,
@@ -594,7 +611,10 @@ def _claim(
         **{f"sha256 of {split}": _digest(documents) for split, documents in data.items()},
         "sha256 of the base": _digest_of_files(_expanded(options.base)),
         "sha256 of the tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        **{f"sha256 of {teacher}": _digest_of_files(_expanded(teacher)) for teacher in options.teachers},
+        **{
+            f"sha256 of {other}": _digest_of_files(_expanded(other))
+            for other in (*options.teachers, *options.average_with)
+        },
     }
     note = options.output / "checkpoints" / "options.json"
     try:
@@ -909,15 +929,18 @@ def _teach(
         done += int(labelled.sum())
 
 
-def _check_teacher(teacher: str, options: TrainOptions, tags: Sequence[str], tokenizer: Any) -> None:
-    """Raise :class:`ModelError` for other tokens or tags than the data's, :class:`UsageError` for the window."""
-    own, config = load_tokenizer(teacher), _load_config(teacher)
+def _check_other(other: str, options: TrainOptions, tags: Sequence[str], tokenizer: Any) -> None:
+    """Raise :class:`ModelError` where a teacher, or a checkpoint to average with, has other tokens or tags than the
+    data's, or no weights; :class:`UsageError` for the window.
+    """
+    own, config = load_tokenizer(other), _load_config(other)
     if own.get_vocab() != tokenizer.get_vocab() or _rules(own) != _rules(tokenizer):
-        raise ModelError(f"{teacher}: has another tokenizer than {options.base}; a teacher needs the same")
+        what = "a teacher" if other in options.teachers else "a mean of weights"
+        raise ModelError(f"{other}: has another tokenizer than {options.base}; {what} needs the same")
     if sorted(_tags_of(config)) != sorted(tags):
-        raise ModelError(f"{teacher}: knows the tags {', '.join(_tags_of(config))}, and the data {', '.join(tags)}")
-    if _expanded(teacher).is_dir() and not evaluate.holds_weights(_expanded(teacher)):
-        raise ModelError(f"{teacher}: holds no weights of PyTorch, which a bundle has not; name a checkpoint")
+        raise ModelError(f"{other}: knows the tags {', '.join(_tags_of(config))}, and the data {', '.join(tags)}")
+    if _expanded(other).is_dir() and not evaluate.holds_weights(_expanded(other)):
+        raise ModelError(f"{other}: holds no weights of PyTorch, which a bundle has not; name a checkpoint")
     _check_window(options.window, config, own)
 
 
@@ -963,17 +986,54 @@ def _try_average(trainer: _Trainer, options: TrainOptions, best: Epoch) -> dict[
     saved = sorted(
         (options.output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])
     )[-options.average :]
-    kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.model.load_state_dict(mean_weights(saved), strict=False)
-    scores = _scores_of(trainer.evaluate(metric_key_prefix="averaged"), "averaged")
-    if scores["f1"] <= best.f1:
+    return _keep_if_better(trainer, mean_weights(saved), "averaged", best.f1)
+
+
+def _try_average_with(
+    trainer: _Trainer,
+    options: TrainOptions,
+    tags: Sequence[str],
+    tokenizer: Any,
+    best: Epoch,
+    averaged: Mapping[str, float] | None,
+) -> dict[str, float]:
+    """Scores of the mean with other checkpoints' weights; the model keeps them if they are better than its own."""
+    own = {name: value.detach().cpu() for name, value in trainer.model.named_parameters()}
+    others = [_parameters_of(other, trainer.model, tags, tokenizer) for other in options.average_with]
+    least = max(best.f1, averaged["f1"] if averaged else 0.0)
+    return _keep_if_better(trainer, _mean([own, *others]), "averaged_with", least)
+
+
+def _keep_if_better(trainer: _Trainer, weights: Mapping[str, Any], name: str, least: float) -> dict[str, float]:
+    """Scores on devel with other weights, which the model keeps where F1 is above the least."""
+    kept = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.model.load_state_dict(weights, strict=False)
+    scores = _scores_of(trainer.evaluate(metric_key_prefix=name), name)
+    if scores["f1"] <= least:
         trainer.model.load_state_dict(kept)
     return scores
 
 
+def _parameters_of(other: str, model: Any, tags: Sequence[str], tokenizer: Any) -> dict[str, Any]:
+    """The parameters of a checkpoint to average with a model; :class:`ModelError` where they are not like its own."""
+    if _tags_of(_load_config(other)) != list(tags):
+        raise ModelError(f"{other}: numbers its tags otherwise than the data; a mean of weights needs the same order")
+    found = {name: value.detach() for name, value in _load_model(other, tags, tokenizer).named_parameters()}
+    if {name: value.shape for name, value in found.items()} != {
+        n: value.shape for n, value in model.named_parameters()
+    }:
+        raise ModelError(
+            f"{other}: is built otherwise than the base; a mean of weights needs models that came from one"
+        )
+    return found
+
+
 def mean_weights(checkpoints: Sequence[Path]) -> dict[str, Any]:
     """The mean of the weights of checkpoints that are of one training, or started from one (Wortsman et al. 2022)."""
-    weights = [load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints]
+    return _mean([load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints])
+
+
+def _mean(weights: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: torch.stack([each[name] for each in weights]).mean(dim=0) for name in weights[0]}
 
 
@@ -1079,7 +1139,7 @@ def _plain_options(options: TrainOptions) -> dict[str, Any]:
     del plain["resume"]
     return (
         plain
-        | {name: list(getattr(options, name)) for name in ("data", "silver", "unlabelled", "teachers")}
+        | {name: list(getattr(options, name)) for name in ("data", "silver", "unlabelled", "teachers", "average_with")}
         | {"output": str(options.output)}
     )
 
@@ -1121,6 +1181,7 @@ def _metrics(
         "epochs": [asdict(epoch) for epoch in result.epochs],
         "best": asdict(result.best),
         "averaged": None if result.averaged is None else dict(result.averaged),
+        "averaged_with": None if result.averaged_with is None else dict(result.averaged_with),
         "samples": [
             {"text": text, "before": list(before), "after": list(after)} for text, before, after in result.samples
         ],

@@ -758,6 +758,9 @@ def test_a_build_is_compared_with_what_ships(tmp_path: Path, monkeypatch: pytest
     records = rebuilt.datasets.load(str(rebuilt.errors.RECORDS), "test")
     monkeypatch.setattr(rebuilt, "labelled", lambda: {"records": records})
     monkeypatch.setattr(rebuilt.build, "notes", lambda: records[:3])
+    averaged: list[list[str]] = []
+    monkeypatch.setattr(rebuilt.build, "average", lambda paths, _: averaged.append([path.name for path in paths]))
+    monkeypatch.setattr(training, "score", lambda _: dict.fromkeys(training.SCORED, len(averaged) / 20))
     result = json.loads(json.dumps(rebuilt.measure(ships, again)))
     own, everything = result["scores"]
     assert (own["what"], everything["what"]) == ("own settings", "all spans")
@@ -773,6 +776,11 @@ def test_a_build_is_compared_with_what_ships(tmp_path: Path, monkeypatch: pytest
     change, low, high = (100 * value for value in own["difference"])
     assert f"| {change:+.2f} ({low:+.2f} to {high:+.2f}) | **no** |" in text
     assert "| +0.00 (+0.00 to +0.00) | yes |" in text
+    named = ["named-13", "named-14", "named-15"]
+    assert averaged[:4] == [["named-13"], ["named-14"], ["named-15"], named]
+    assert averaged[4:] == [[f"seed{n}"] for n in range(13, 18)] + [[f"seed{n}", *named] for n in range(13, 18)]
+    spread = "**60.00** (50.00 - 70.00)"
+    assert f"| each student with the teachers (`--average-with`) | 5 | {spread} | {spread} | {spread} |\n" in text
     seeds = [100 * scores["packed"] for name, scores in manifest["test"].items() if name.startswith("seed")]
     spread = f"**{sum(seeds) / 5:.2f}** ({min(seeds):.2f} - {max(seeds):.2f})"
     assert f"| test packed | {spread} | {spread} |" in text

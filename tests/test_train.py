@@ -518,6 +518,70 @@ def test_the_mean_of_the_last_epochs(options: TrainOptions, tmp_path: Path) -> N
     assert chosen  # which of both it is depends on the machine
 
 
+def test_the_mean_with_other_checkpoints(result: training.TrainResult, options: TrainOptions, tmp_path: Path) -> None:
+    """It is scored on devel and recorded; what is saved is it or what was trained, whichever is better."""
+    others = [result.output, Path(shutil.copytree(result.output, tmp_path / "spoilt"))]
+    spoilt = weights_of(others[1])
+    safetensors_torch.save_file(
+        {name: -value for name, value in spoilt.items()}, others[1] / "model.safetensors", {"format": "pt"}
+    )
+    chosen = set()
+    for other in others:
+        given = replace(options, output=tmp_path / f"with {other.name}", epochs=1, lr=1e-5, average_with=(str(other),))
+        alone = train(replace(given, output=tmp_path / f"without {other.name}", average_with=()))
+        found = train(given)
+        assert found.best == alone.best  # the training itself is the same
+        assert found.averaged_with is not None
+        assert alone.averaged_with is None
+        assert f"mean with other checkpoints' weights: devel F1 {found.averaged_with['f1']:.4f}" in str(found)
+        assert "other checkpoints" not in str(alone)
+        metrics = json.loads((found.output / "metrics.json").read_text())
+        assert metrics["averaged_with"] == found.averaged_with
+        assert metrics["options"]["average_with"] == [str(other)]
+        better = found.averaged_with["f1"] > found.best.f1
+        chosen.add(better)
+        own = weights_of(alone.output)
+        mean = {name: torch.stack([own[name], value]).mean(dim=0) for name, value in weights_of(other).items()}
+        expected = mean if better else own
+        assert all(torch.equal(value, expected[name]) for name, value in weights_of(found.output).items())
+        # Trained to its end already: the same weights once more.
+        again = train(replace(given, resume=True))
+        assert again.averaged_with == found.averaged_with
+        assert all(torch.equal(value, expected[name]) for name, value in weights_of(found.output).items())
+    assert chosen == {True, False}
+    safetensors_torch.save_file(weights_of(result.output), others[1] / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OutputError, match=r": sha256 of .*spoilt was \w{64} and is now \w{64}; resume with"):
+        train(replace(given, resume=True))
+
+
+def test_unfit_checkpoints_to_average_with(
+    result: training.TrainResult, options: TrainOptions, base: Path, tmp_path: Path
+) -> None:
+    """Other tags, another order of them, another shape, and no checkpoint are told before anything is written."""
+    given = replace(options, output=tmp_path / "out", average_with=(str(result.output),))
+    with pytest.raises(
+        ModelError, match=r"knows the tags O, B-Problem, I-Problem, .* and the data O, B-Problem, I-Problem$"
+    ):
+        train(replace(given, labels={"*": "Problem"}))
+    with pytest.raises(ModelError, match="nothing: cannot be loaded"):
+        train(replace(given, average_with=(str(tmp_path / "nothing"),)))
+    for name, change, said in (
+        ("numbers", {"id2label": dict(enumerate(sorted(TAGS)))}, "numbers its tags otherwise than the data; a mean of"),
+        ("shape", {"intermediate_size": 24}, "is built otherwise than the base; a mean of weights needs models that"),
+    ):
+        other = Path(shutil.copytree(result.output, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints")))
+        config = transformers.AutoConfig.from_pretrained(other, **change)
+        transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(other)
+        with pytest.raises(ModelError, match=f"{name}: {said}"):
+            train(replace(given, average_with=(str(other),)))
+    cased = shutil.copytree(result.output, tmp_path / "cased", ignore=shutil.ignore_patterns("checkpoints"))
+    rules = json.loads((cased / "tokenizer_config.json").read_text()) | {"do_lower_case": False}
+    (cased / "tokenizer_config.json").write_text(json.dumps(rules))
+    with pytest.raises(ModelError, match=r"has another tokenizer than .*; a mean of weights needs the same"):
+        train(replace(given, average_with=(str(cased),)))
+    assert not given.output.exists()
+
+
 def test_teachers_are_learnt_from(result: training.TrainResult, options: TrainOptions, tmp_path: Path) -> None:
     """Text without labels is learnt from, and silver data, all wrong here, misleads with teachers, too."""
     text = "the patient has gouty pain. no left ankle gout."
