@@ -488,13 +488,20 @@ def test_layers_that_are_not_told() -> None:
 def test_options_that_change_the_training(result: training.TrainResult, options: TrainOptions, tmp_path: Path) -> None:
     """Each changes what is learnt, is recorded, and the training still learns."""
     weights = weights_of(result.output)
-    for name, value in {"layer_decay": 0.9, "label_smoothing": 0.1}.items():
+    for name, value in {
+        "layer_decay": 0.9,
+        "label_smoothing": 0.1,
+        "weight_decay": 0.5,
+        "warmup_ratio": 0.3,
+        "batch_size": 6,
+        "seed": 14,
+    }.items():
         changed = train(replace(options, output=tmp_path / name, **{name: value}))
         metrics = json.loads((changed.output / "metrics.json").read_text())
         assert metrics["options"][name] == value
         assert metrics["averaged"] is None
         assert changed.best.f1 > changed.untrained["f1"]
-        assert any(not torch.equal(value, weights[key]) for key, value in weights_of(changed.output).items())
+        assert any(not torch.equal(value, weights[key]) for key, value in weights_of(changed.output).items()), name
 
 
 def test_the_mean_of_the_last_epochs(options: TrainOptions, tmp_path: Path) -> None:
