@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def section(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for what, row in result["means"].items():
-        spreads = (_spread([scored[name] for scored in row]) for name in training.SCORED)
+        spreads = (training.spread([scored[name] for scored in row]) for name in training.SCORED)
         lines.append(f"| {what} | {len(row)} | {' | '.join(spreads)} |")
     return "\n".join(lines) + "\n"
 
@@ -148,11 +147,7 @@ def _windows(made: Mapping[str, Any]) -> str:
 
 
 def _seeds(scores: Mapping[str, Mapping[str, float]], name: str) -> str:
-    return _spread([scored[name] for candidate, scored in scores.items() if candidate not in training.MEANS])
-
-
-def _spread(shares: Sequence[float]) -> str:
-    return f"**{100 * statistics.mean(shares):.2f}** ({100 * min(shares):.2f} - {100 * max(shares):.2f})"
+    return training.spread([scored[name] for candidate, scored in scores.items() if candidate not in training.MEANS])
 
 
 def main() -> None:

@@ -190,7 +190,8 @@ def section(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in variants.values():
-        lines.append(f"| {row['what']} | {len(row['seeds'])} | {' | '.join(_spread(row, name) for name in SCORED)} |")
+        spreads = (spread([one[name] for one in row["seeds"].values()]) for name in SCORED)
+        lines.append(f"| {row['what']} | {len(row['seeds'])} | {' | '.join(spreads)} |")
     gains = [
         one["averaged"] - one["best_epoch"]
         for row in variants.values()
@@ -206,8 +207,9 @@ def section(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spread(row: Mapping[str, Any], name: str) -> str:
-    values = [100 * one[name] for one in row["seeds"].values()]
+def spread(shares: Sequence[float]) -> str:
+    """The mean in percent, with the lowest and the highest, for a table."""
+    values = [100 * share for share in shares]
     return f"**{statistics.mean(values):.2f}** ({min(values):.2f} - {max(values):.2f})"
 
 

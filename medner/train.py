@@ -201,7 +201,7 @@ def train(options: TrainOptions) -> TrainResult:
         _check_other(teacher, options, tags, tokenizer)
     for other in options.average_with:
         _check_other(other, options, tags, tokenizer)
-        _parameters_of(other, model, tags, tokenizer)
+        _parameters_of(other, model, tags, tokenizer)  # what does not fit is told now, not when all is trained
     encoded = {split: encode(documents, encoder, tags, options.window) for split, documents in data.items()}
     if not encoded["devel"].inputs:
         raise InputError(f"{', '.join(options.data)}: the devel split holds no word")
@@ -225,9 +225,8 @@ def train(options: TrainOptions) -> TrainResult:
     epochs = _epochs(trainer.state.log_history)
     best = max(epochs, key=lambda epoch: epoch.f1)
     averaged = _try_average(trainer, options, best) if options.average > 1 else None
-    averaged_with = (
-        _try_average_with(trainer, options, tags, tokenizer, best, averaged) if options.average_with else None
-    )
+    kept = max(best.f1, averaged["f1"]) if averaged else best.f1
+    averaged_with = _try_average_with(trainer, options, tags, tokenizer, kept) if options.average_with else None
     after = _find(trainer, samples, tags)
 
     result = TrainResult(
@@ -990,18 +989,12 @@ def _try_average(trainer: _Trainer, options: TrainOptions, best: Epoch) -> dict[
 
 
 def _try_average_with(
-    trainer: _Trainer,
-    options: TrainOptions,
-    tags: Sequence[str],
-    tokenizer: Any,
-    best: Epoch,
-    averaged: Mapping[str, float] | None,
+    trainer: _Trainer, options: TrainOptions, tags: Sequence[str], tokenizer: Any, kept: float
 ) -> dict[str, float]:
-    """Scores of the mean with other checkpoints' weights; the model keeps them if they are better than its own."""
+    """Scores of the mean with other checkpoints' weights; the model keeps them if F1 is above that of its own, kept."""
     own = {name: value.detach().cpu() for name, value in trainer.model.named_parameters()}
     others = [_parameters_of(other, trainer.model, tags, tokenizer) for other in options.average_with]
-    least = max(best.f1, averaged["f1"] if averaged else 0.0)
-    return _keep_if_better(trainer, _mean([own, *others]), "averaged_with", least)
+    return _keep_if_better(trainer, _mean([own, *others]), "averaged_with", kept)
 
 
 def _keep_if_better(trainer: _Trainer, weights: Mapping[str, Any], name: str, least: float) -> dict[str, float]:
